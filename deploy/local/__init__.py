@@ -1,0 +1,1 @@
+"""Starts nats-server, Valkey, services and edge as processes of this machine."""

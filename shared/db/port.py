@@ -1,0 +1,184 @@
+"""Database, Transaction: the interface that SQLite and Postgres share.
+
+A service's data lives in shards; a shard holds some of the 4,096 buckets. Every
+write is one transaction of one bucket (a few may join when they share a shard):
+business rows, the idempotency row and outbox rows commit together.
+
+SQL is written once, in the subset both engines speak: $1 parameters, types
+uuid, text, bigint, smallint, bytea and boolean, moments as bigint microseconds
+(shared.clock.to_us), RETURNING, ON CONFLICT. A trailing FOR UPDATE is honoured
+by Postgres; SQLite's writer is alone anyway.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from uuid import UUID
+
+from shared.identity import Principal
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Once:
+    """The identity of an effect that must happen once.
+
+    Attributes:
+        principal: who asked; its tenant, kind and subject scope the key.
+        method: the full RPC method name, "/package.Service/Method".
+        request_id: the client's key, 1 to 255 characters; "" when the method needs none
+            and none was given, and then nothing is remembered.
+        fingerprint: SHA-256 of the canonical request without its request id.
+    """
+
+    principal: Principal
+    method: str
+    request_id: str
+    fingerprint: bytes
+
+    @property
+    def scope(self) -> str:
+        """What the key is unique within."""
+        principal = self.principal
+        return f"{principal.tenant}\0{principal.kind}\0{principal.subject}\0{self.method}"
+
+
+@dataclass(frozen=True)
+class OutboxRow:
+    """One event or job, to be published after the transaction commits.
+
+    Attributes:
+        type: the message's full name ("tenfold.ledger.v1.TransactionPosted"), or a job's
+            name for a work queue.
+        aggregate: resource name the event is about; events of one aggregate are numbered
+            without a gap and published in order.
+        payload: the serialized message.
+        tenant: whose event it is.
+        bucket: where consumers apply it; None for the transaction's own bucket.
+        queue: "" for an event (evt.<service>.<Type>.<bucket>), else the work queue's name
+            (wrk.<service>.<queue>.<bucket>).
+    """
+
+    type: str
+    aggregate: str
+    payload: bytes
+    tenant: str
+    bucket: int | None = None
+    queue: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Transaction(Protocol):
+    """One open write transaction of one bucket. It belongs to one task.
+
+    Leaving the `async with` block commits and returns only when the commit is
+    durable; leaving it by an exception rolls back. A FailedPrecondition raised in a
+    transaction with a request id rolls back the effects and stores the refusal, so
+    that a retry is refused alike.
+    """
+
+    @property
+    def bucket(self) -> int:
+        """The bucket that this transaction was admitted to."""
+        ...
+
+    @property
+    def answered(self) -> bool:
+        """Whether this request id has had its effect: repeat `answer`, do nothing."""
+        ...
+
+    @property
+    def answer(self) -> bytes:
+        """What answer_with stored the first time; b"" if not answered."""
+        ...
+
+    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
+        """The only row, or None. Several rows are a bug: ValueError."""
+        ...
+
+    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """Every row, in the statement's order."""
+        ...
+
+    async def execute(self, sql: str, *arguments: object) -> int:
+        """The number of rows that were changed.
+
+        Raises:
+            UniqueViolation, ConstraintViolation: shared.db.errors, naming the constraint.
+        """
+        ...
+
+    async def append_outbox(self, row: OutboxRow) -> None:
+        """Publish this once the transaction has committed: at least once, in order per aggregate."""
+        ...
+
+    async def answer_with(self, payload: bytes) -> None:
+        """Remember the answer under the request id; without one, do nothing."""
+        ...
+
+
+class Reader(Protocol):
+    """Reads that need no transaction of their own; each call sees one snapshot."""
+
+    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
+        """See Transaction.fetch_one."""
+        ...
+
+    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See Transaction.fetch_all."""
+        ...
+
+
+class Bucket(Reader, Protocol):
+    """One bucket where it lives now."""
+
+    @property
+    def number(self) -> int:
+        """0 to 4095."""
+        ...
+
+    def transaction(
+        self, once: Once | None = None, *, also: Collection[int] = ()
+    ) -> AbstractAsyncContextManager[Transaction]:
+        """Open a write transaction, admitted to this bucket and to those in `also`.
+
+        Args:
+            once: makes the effect happen once per request id; None when the caller has
+                its own way (an inbox row, a unique key).
+            also: further buckets; they must live on the same shard.
+
+        Raises:
+            IdempotencyKeyReused: the request id came with another request, in this bucket
+                or in any other.
+            FailedPrecondition: the stored refusal of the first request.
+            Unavailable: the bucket is moving or its shard is down; retry_after_s is set.
+            DeadlineExceeded: the caller's deadline passed while waiting for the writer.
+        """
+        ...
+
+
+class Shard(Reader, Protocol):
+    """One database of one service."""
+
+    @property
+    def index(self) -> int:
+        """0 to shard_count - 1."""
+        ...
+
+
+class Shards(Protocol):
+    """All of one service's shards: routes a key to its bucket."""
+
+    def holding(self, key: UUID) -> Bucket:
+        """The bucket that an id carries."""
+        ...
+
+    def bucket(self, number: int) -> Bucket:
+        """The bucket of that number, 0 to 4095."""
+        ...
+
+    def all(self) -> Sequence[Shard]:
+        """Every shard, for scatter reads and relays."""
+        ...
