@@ -10,7 +10,7 @@ uuid, text, bigint, smallint, bytea and boolean, moments as bigint microseconds
 by Postgres; SQLite's writer is alone anyway.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -31,12 +31,14 @@ class Once:
         request_id: the client's key, 1 to 255 characters; "" when the method needs none
             and none was given, and then nothing is remembered.
         fingerprint: SHA-256 of the canonical request without its request id.
+        on_replay: called when the effect has happened before, so that the answer can say so.
     """
 
     principal: Principal
     method: str
     request_id: str
     fingerprint: bytes
+    on_replay: Callable[[], None] = field(default=lambda: None, compare=False)
 
     @property
     def scope(self) -> str:
