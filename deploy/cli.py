@@ -1,0 +1,228 @@
+"""The operator's commands: tenfold up, status, down, config, demo, edge."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploy.local.address import Address
+from deploy.local.child import die_with
+from deploy.local.data_folder import DataFolder, children_of, launcher_of
+from deploy.local.errors import LaunchError
+from deploy.local.processes import memory_bytes
+from deploy.settings import load_settings, require_known, value_of
+
+DOWN_TIMEOUT_S = 45.0  # Above the sum of what the launcher gives its children.
+EDGE_SETTING = "TENFOLD_EDGE_LISTEN"
+DATA_SETTING = "TENFOLD_DATA"
+
+app = typer.Typer(
+    name="tenfold",
+    help="A backend platform that grows from a laptop to a sharded cluster.\n\n"
+    "Start with 'tenfold up': it runs the whole mesh on this machine and says where it is. "
+    "Then, in another terminal, 'tenfold demo' tells the story of one user through every "
+    "service, and 'tenfold status' shows what runs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="Folder that holds everything of one mesh; it is created. "
+        f"Default: {DATA_SETTING}, else .tenfold.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@app.command()
+def up(
+    profile: Annotated[
+        str, typer.Option(help="embedded: everything on this machine, on SQLite.")
+    ] = "embedded",
+    data: DataOption = None,
+    edge: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT where REST is served; port 0 picks free ports for everything. "
+            f"Default: {EDGE_SETTING}, else 127.0.0.1:8080."
+        ),
+    ] = None,
+    stop_with_parent: Annotated[int, typer.Option(hidden=True)] = 0,
+) -> None:
+    """Start the mesh in the foreground; Ctrl-C stops everything.
+
+    It ends the start by printing where the edge, the reference, the admin key and the data
+    are. What it stored is found again by the next start in the same folder.
+    """
+    # Not needed, and so not loaded, by the other commands.
+    from deploy.local.embedded import Launch, run_embedded
+    from deploy.local.report import open_report
+
+    if stop_with_parent:
+        die_with(stop_with_parent, signal.SIGTERM)  # make, which may be killed
+    if profile == "cluster":
+        raise LaunchError("The profile 'cluster' comes with the sharded cluster; use 'embedded'.")
+    if profile != "embedded":
+        raise LaunchError(f"There is no profile '{profile}': use 'embedded'.")
+    settings = load_settings()
+    require_known(os.environ, settings)
+    address = edge or value_of(EDGE_SETTING, os.environ, settings)
+    launch = Launch(
+        data=_data_path(data),
+        edge=Address.parse(address, setting=f"--edge or {EDGE_SETTING}"),
+        environ=dict(os.environ),
+        settings=settings,
+    )
+    run_embedded(launch, open_report())
+
+
+@app.command()
+def status(data: DataOption = None, as_json: JsonOption = False) -> None:
+    """Show what runs: each process, its address, its memory, and whether it is ready.
+
+    Exit code 0: the mesh is ready; 1: it is not, or it does not run.
+    """
+    folder = DataFolder(_data_path(data).absolute())
+    state = _running_state(folder)
+    rows = _rows_of(state)
+    is_ready = bool(rows) and all(row["alive"] and row["ready"] for row in rows)
+    if as_json:
+        shown = {"running": bool(state), "ready": is_ready, "data": str(folder.path)}
+        print(json.dumps({**shown, "edge": state.get("edge"), "processes": rows}))
+    elif state:
+        _print_status(state, rows)
+    else:
+        print(f"No mesh runs in {folder.path}; 'tenfold up' starts one.")
+    raise typer.Exit(0 if is_ready else 1)
+
+
+@app.command()
+def down(data: DataOption = None) -> None:
+    """Stop the mesh that runs in the data folder, as Ctrl-C in its terminal would."""
+    folder = DataFolder(_data_path(data).absolute())
+    launcher = launcher_of(_running_state(folder))
+    if launcher is None:
+        print(f"No mesh runs in {folder.path}.")
+        return
+    os.kill(launcher.pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + DOWN_TIMEOUT_S
+    while launcher.is_alive:
+        if time.monotonic() > deadline_s:
+            os.kill(launcher.pid, signal.SIGKILL)  # Its children end with it.
+        time.sleep(0.05)
+    print("Tenfold has stopped.")
+
+
+@app.command()
+def config(as_json: JsonOption = False) -> None:
+    """Print every setting, its value and where it comes from; secrets are masked."""
+    settings = load_settings()
+    require_known(os.environ, settings)
+    rows = [
+        {
+            "name": setting.name,
+            "value": setting.shown(os.environ),
+            "source": setting.source(os.environ),
+            "comment": setting.comment,
+        }
+        for setting in settings.values()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(f"# {row['comment']}\n{row['name']}={row['value']}  # {row['source']}")
+
+
+@app.command()
+def demo(data: DataOption = None) -> None:
+    """Tell the story of one user through every service, against the running mesh."""
+    folder = DataFolder(_data_path(data).absolute())
+    state = _running_state(folder)
+    if not state.get("ready"):
+        raise LaunchError(
+            f"No mesh is ready in {folder.path}: start one with 'tenfold up' in another terminal."
+        )
+    try:
+        from deploy.demo import run_demo
+    except ImportError as error:
+        raise LaunchError(f"The demo cannot be loaded ({error}): run 'make up' once.") from error
+    raise typer.Exit(run_demo(state["edge"], folder.path))
+
+
+@app.command()
+def edge(
+    upstream: Annotated[str, typer.Option(help="HOST:PORT of the gRPC server to front.")],
+    listen: Annotated[str, typer.Option(help="HOST:PORT where REST is served.")] = "127.0.0.1:8080",
+    descriptors: Annotated[
+        Path | None,
+        typer.Option(help="A FileDescriptorSet of its contracts; default: Tenfold's own."),
+    ] = None,
+) -> None:
+    """Serve REST for any gRPC server, from its descriptors alone."""
+    environ = {**os.environ, "TENFOLD_UPSTREAMS": f"*={upstream}", EDGE_SETTING: listen}
+    if descriptors:
+        environ["TENFOLD_EDGE_DESCRIPTORS"] = str(descriptors.absolute())
+    command = [sys.executable, "-P", "-m", "edge"]
+    os.execve(command[0], command, environ)  # noqa: S606 - that is the point
+
+
+def main() -> None:
+    """Run one command; what stops it is said in one sentence, with exit code 1."""
+    try:
+        app()
+    except LaunchError as error:
+        print(f"tenfold: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _data_path(option: Path | None) -> Path:
+    return option or Path(value_of(DATA_SETTING, os.environ, load_settings()))
+
+
+def _running_state(folder: DataFolder) -> dict[str, Any]:
+    state = folder.read_state()
+    launcher = launcher_of(state)
+    return state if launcher and launcher.is_alive else {}
+
+
+def _rows_of(state: dict[str, Any]) -> list[dict[str, Any]]:
+    marks = children_of(state)
+    return [
+        {
+            "name": name,
+            "pid": child["pid"],
+            "address": child["address"],
+            "alive": name in marks and marks[name].is_alive,
+            "ready": child["ready"],
+            "restarts": child["restarts"],
+            "memory_bytes": memory_bytes(child["pid"]),
+        }
+        for name, child in state.get("children", {}).items()
+    ]
+
+
+def _print_status(state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    print(f"edge {state['edge']}\n")
+    print(f"{'process':<10} {'pid':>8}  {'address':<22} {'memory':>8}  restarts  state")
+    for row in rows:
+        now = "ready" if row["alive"] and row["ready"] else "not ready"
+        memory = f"{row['memory_bytes'] / 2**20:.0f} MiB"
+        print(
+            f"{row['name']:<10} {row['pid']:>8}  {row['address']:<22} {memory:>8}"
+            f"  {row['restarts']:>8}  {now}"
+        )
+
+
+if __name__ == "__main__":
+    main()

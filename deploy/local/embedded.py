@@ -1,0 +1,249 @@
+"""The embedded mesh: which programs it is made of, where they listen, and its run."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.local import servers
+from deploy.local.address import Address, free_addresses, require_free
+from deploy.local.data_folder import DataFolder, open_data_folder
+from deploy.local.processes import mark
+from deploy.local.program import Program, accepts, answers_http_ok
+from deploy.local.report import Report
+from deploy.local.supervisor import Child, Supervisor, open_supervisor
+from deploy.settings import Setting, value_of
+
+EDGE_SETTING = "TENFOLD_EDGE_LISTEN"
+SERVICES_SETTING = "TENFOLD_LISTEN"
+# Above the drain times of the children themselves, which end first if all goes well.
+EDGE_STOP_TIMEOUT_S = 15.0
+SERVICES_STOP_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where each program listens; no port is 0."""
+
+    edge: Address
+    services: Address
+    nats: Address
+    valkey: Address
+    mail: Address
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What `tenfold up` was asked to do.
+
+    Attributes:
+        data: the data folder.
+        edge: where the edge listens; port 0 picks free ports for everything.
+        environ: the operator's environment, names already checked.
+        settings: every setting, for defaults.
+    """
+
+    data: Path
+    edge: Address
+    environ: Mapping[str, str]
+    settings: Mapping[str, Setting]
+
+
+def choose_addresses(launch: Launch) -> Addresses:
+    """Give every program a port that is free now.
+
+    Raises:
+        LaunchError: a chosen port is taken; the sentence names the setting.
+    """
+    edge, services, nats, valkey, mail = free_addresses(5)
+    if launch.edge.port == 0:
+        return Addresses(Address(launch.edge.host, edge.port), services, nats, valkey, mail)
+    text = value_of(SERVICES_SETTING, launch.environ, launch.settings)
+    wanted = Address.parse(text, setting=SERVICES_SETTING)
+    require_free(launch.edge, setting=f"--edge or {EDGE_SETTING}")
+    if wanted.port:
+        require_free(wanted, setting=SERVICES_SETTING)
+        services = wanted
+    return Addresses(launch.edge, services, nats, valkey, mail)
+
+
+class Mesh:
+    """One run of the embedded mesh.
+
+    Args:
+        launch: what was asked for.
+        folder: the open data folder.
+        report: where progress goes.
+    """
+
+    def __init__(self, launch: Launch, folder: DataFolder, report: Report) -> None:
+        self._folder = folder
+        self._report = report
+        self._environ = launch.environ
+        self._addresses = choose_addresses(launch)
+        self._nats_token, self._valkey_token = servers.new_token(), servers.new_token()
+        self._is_ready = False
+        self._started_s = time.monotonic()
+
+    async def run(self) -> None:
+        """Start everything, keep it running until SIGINT or SIGTERM, stop everything.
+
+        Raises:
+            LaunchError: a program refused to start, or died too often.
+        """
+        await self._until_signalled(self._serve)
+        self._report.done()
+        self._report.say("Tenfold has stopped.")
+
+    async def _serve(self, stop_at_once: "asyncio.Future[Supervisor]") -> None:
+        opened = open_supervisor(
+            logs=self._folder.logs, say=self._report.say, changed=self._write_state
+        )
+        async with opened as supervisor:
+            stop_at_once.set_result(supervisor)
+            self._report.step("starting nats-server, valkey-server and the mail sink")
+            await supervisor.start(*self._server_programs())
+            self._report.step("starting the services and the edge")
+            await supervisor.start(*self._own_programs())
+            self._is_ready = True
+            self._write_state(supervisor.children)
+            self._report.done()
+            self._report.say(self._summary())
+            await asyncio.Event().wait()
+
+    async def _until_signalled(
+        self, serve: Callable[["asyncio.Future[Supervisor]"], Coroutine[None, None, None]]
+    ) -> None:
+        # The first signal cancels the run, which stops the children in order; the second
+        # kills them, and the same order then finds nothing left to wait for.
+        loop = asyncio.get_running_loop()
+        supervisor: asyncio.Future[Supervisor] = loop.create_future()
+        running = asyncio.create_task(serve(supervisor))
+        is_stopping = False
+
+        def on_signal() -> None:
+            nonlocal is_stopping
+            if is_stopping and supervisor.done():
+                supervisor.result().kill()
+            elif not is_stopping:
+                is_stopping = True
+                self._report.step("stopping (Ctrl-C again to stop at once)")
+                running.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, on_signal)
+        try:
+            await running
+        except asyncio.CancelledError:
+            if not is_stopping:
+                raise
+
+    def _server_programs(self) -> list[Program]:
+        folder, addresses, environ = self._folder, self._addresses, self._environ
+        return [
+            servers.nats_program(
+                folder.nats, addresses.nats, token=self._nats_token, environ=environ
+            ),
+            servers.valkey_program(
+                folder.valkey, addresses.valkey, token=self._valkey_token, environ=environ
+            ),
+            servers.mail_program(folder.mail, addresses.mail, environ=environ),
+        ]
+
+    def _own_programs(self) -> list[Program]:
+        addresses = self._addresses
+        services = Program(
+            name="services",
+            argv=servers.python_module("services", "all"),
+            environment=self._environment(issuer="services"),
+            address=addresses.services,
+            is_ready=accepts(addresses.services),
+            stop_rank=1,
+            stop_timeout_s=SERVICES_STOP_TIMEOUT_S,
+        )
+        edge = Program(
+            name="edge",
+            argv=servers.python_module("edge"),
+            environment=self._environment(issuer="edge"),
+            address=addresses.edge,
+            is_ready=answers_http_ok(addresses.edge, "/readyz"),
+            stop_rank=0,
+            stop_timeout_s=EDGE_STOP_TIMEOUT_S,
+        )
+        return [services, edge]
+
+    def _environment(self, *, issuer: str) -> dict[str, str]:
+        folder, addresses = self._folder, self._addresses
+        return {
+            **self._environ,
+            "PYTHONUNBUFFERED": "1",
+            "TENFOLD_DATA": str(folder.path),
+            "TENFOLD_LISTEN": str(addresses.services),
+            "TENFOLD_EDGE_LISTEN": str(addresses.edge),
+            "TENFOLD_UPSTREAMS": f"*={addresses.services}",
+            "TENFOLD_NATS_URL": servers.nats_url(addresses.nats, self._nats_token),
+            "TENFOLD_VALKEY_URL": servers.valkey_url(addresses.valkey, self._valkey_token),
+            "TENFOLD_IDENTITY_FOLDER": str(folder.identity),
+            "TENFOLD_IDENTITY_ISSUER": issuer,
+            "TENFOLD_SECRET_FILE": str(folder.secret),
+            "TENFOLD_NOTIFICATION_SMTP_URL": f"smtp://{addresses.mail}",
+        }
+
+    @property
+    def _edge_url(self) -> str:
+        return f"http://{self._addresses.edge}"
+
+    def _write_state(self, children: Mapping[str, Child]) -> None:
+        launcher = mark(os.getpid())
+        self._folder.write_state(
+            {
+                "launcher": {"pid": launcher.pid, "started": launcher.started},
+                "ready": self._is_ready,
+                "edge": self._edge_url,
+                "children": {name: _state_of(child) for name, child in children.items()},
+            }
+        )
+
+    def _summary(self) -> str:
+        folder, url = self._folder, self._edge_url
+        return "\n".join(
+            [
+                f"Tenfold is ready, after {time.monotonic() - self._started_s:.1f} s.",
+                f"  edge       {url}",
+                f"  reference  {url}/docs",
+                f"  admin key  {folder.admin_key} (secret: whoever reads it may do everything)",
+                f"  data       {folder.path}",
+                f"  mail       {folder.mail} (every e-mail that is sent lands here)",
+                f"  logs       {folder.logs}",
+                "Ctrl-C stops everything.",
+            ]
+        )
+
+
+def run_embedded(launch: Launch, report: Report) -> None:
+    """Run the embedded mesh in the foreground until a signal ends it.
+
+    Raises:
+        LaunchError: one sentence why it cannot start or go on.
+    """
+    with open_data_folder(launch.data) as folder:
+        folder.make_keys()
+        try:
+            asyncio.run(Mesh(launch, folder, report).run())
+        finally:
+            report.done()
+            folder.forget_state()
+
+
+def _state_of(child: Child) -> dict[str, Any]:
+    return {
+        "pid": child.mark.pid if child.mark else 0,
+        "started": child.mark.started if child.mark else 0,
+        "address": str(child.program.address),
+        "ready": child.is_ready,
+        "restarts": child.restarts,
+    }
