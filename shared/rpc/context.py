@@ -1,0 +1,101 @@
+"""What every handler method gets beside its request."""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from google.protobuf.message import Message
+
+from shared.db.port import Once
+from shared.identity import PUBLIC, Principal
+from shared.rpc.policy import REQUEST_ID_FIELD
+
+REPLAYED_METADATA = ("idempotency-replayed", "true")
+
+
+class Context:
+    """One call: who asks, under which ids, until when.
+
+    Attributes:
+        principal: who asks; PUBLIC without a credential.
+        method: the RPC path, "/tenfold.ledger.v1.LedgerService/TransferFunds".
+        request_id: correlates log lines and error answers of all hops.
+        idempotency_key: the request's request_id, else metadata "idempotency-key", else "".
+        metadata: the call's text metadata; raw bindings find "http-method", "http-url",
+            "http-path-<variable>" and "http-header-<name>" here.
+        identity_token: the token that was believed; "" without one. Clients pass it on.
+    """
+
+    __slots__ = (
+        "_rpc",
+        "deadline_s",
+        "has_ended_by_server",
+        "idempotency_key",
+        "identity_token",
+        "metadata",
+        "method",
+        "principal",
+        "request_id",
+    )
+
+    def __init__(
+        self,
+        *,
+        method: str,
+        request_id: str,
+        metadata: Mapping[str, str],
+        rpc: Any,  # the engine's context: whatever has send_initial_metadata
+    ) -> None:
+        self.principal: Principal = PUBLIC
+        self.method = method
+        self.request_id = request_id
+        self.idempotency_key = ""
+        self.metadata = metadata
+        self.identity_token = ""
+        self.deadline_s = 0.0
+        self.has_ended_by_server = False
+        self._rpc = rpc
+
+    def remaining_s(self) -> float:
+        """Seconds until the deadline; negative when it has passed."""
+        return self.deadline_s - time.monotonic()
+
+    async def send_headers(self, headers: Mapping[str, str]) -> None:
+        """Send initial metadata now; at most once, before the first answer message.
+
+        A raw binding's answer starts with this: "http-status": "201",
+        "http-header-location": "/v1/files/…".
+        """
+        await self._rpc.send_initial_metadata(tuple(headers.items()))
+
+    def mark_replayed(self) -> None:
+        """Say, in trailing metadata, that this request had its effect before."""
+        self._rpc.set_trailing_metadata((REPLAYED_METADATA,))
+
+
+current_call: ContextVar[Context | None] = ContextVar("current_call", default=None)
+
+
+def once_of(context: Context, request: Message) -> Once:
+    """The identity of this request's effect.
+
+    The fingerprint covers the method and the request without its request id, in deterministic
+    serialization, so that the same request under the same key is recognised and another is not.
+    """
+    body = request
+    if REQUEST_ID_FIELD in request.DESCRIPTOR.fields_by_name:
+        body = type(request)()
+        body.CopyFrom(request)
+        body.ClearField(REQUEST_ID_FIELD)
+    digest = hashlib.sha256(context.method.encode())
+    digest.update(b"\0")
+    digest.update(body.SerializePartialToString(deterministic=True))
+    return Once(
+        principal=context.principal,
+        method=context.method,
+        request_id=context.idempotency_key,
+        fingerprint=digest.digest(),
+        on_replay=context.mark_replayed,
+    )
