@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from deploy.local.address import Address
@@ -62,9 +63,9 @@ def accepts(address: Address) -> Probe:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 _, writer = await asyncio.open_connection(address.host, address.port)
+                await _close(writer)
         except (OSError, TimeoutError):
             return False
-        writer.close()
         return True
 
     return probe
@@ -83,4 +84,10 @@ async def _ask(address: Address, send: bytes, expect: bytes) -> bytes:
             answer += part
         return answer
     finally:
-        writer.close()
+        await _close(writer)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()

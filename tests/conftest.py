@@ -1,0 +1,98 @@
+"""Fixtures that every test may use: the clock, and real servers from their wheels."""
+
+import itertools
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from deploy.local import servers
+from deploy.local.address import free_addresses
+from tests.fakes import ManualClock
+from tests.mesh import ROOT, Mesh, running_mesh, running_program
+
+StartMesh = Callable[..., AbstractContextManager[Mesh]]
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """A clock that stands still until it is told to go on."""
+    return ManualClock()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A loopback port that nothing listens on."""
+    return free_addresses(1)[0].port
+
+
+@pytest.fixture(scope="session")
+def nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real nats-server with JetStream, shared by the run: name streams after your test."""
+    folder, [address] = tmp_path_factory.mktemp("nats"), free_addresses(1)
+    token = servers.new_token()
+    program = servers.nats_program(folder, address, token=token, environ=os.environ)
+    with running_program(program, folder):
+        yield servers.nats_url(address, token)
+
+
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Valkey, shared by the run: begin your keys with your test's name."""
+    folder, [address] = tmp_path_factory.mktemp("valkey"), free_addresses(1)
+    token = servers.new_token()
+    program = servers.valkey_program(folder, address, token=token, environ=os.environ)
+    with running_program(program, folder):
+        yield servers.valkey_url(address, token)
+
+
+@pytest.fixture(scope="session")
+def mail_sink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The local mail sink: "HOST:PORT", and the folder where each message becomes an .eml file."""
+    folder, [address] = tmp_path_factory.mktemp("mail"), free_addresses(1)
+    with running_program(servers.mail_program(folder, address, environ=os.environ), folder):
+        yield str(address), folder
+
+
+@pytest.fixture(scope="session")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """The whole embedded mesh, shared by the run: kill nothing in it, use `start_mesh` for that."""
+    with running_mesh(tmp_path_factory.mktemp("mesh") / "data") as running:
+        yield running
+
+
+@pytest.fixture
+def start_mesh(tmp_path: Path) -> StartMesh:
+    """Starts a mesh of the test's own: `with start_mesh() as mesh`, perhaps of another tree."""
+    numbers = itertools.count(1)
+
+    def start(
+        *,
+        data: Path | None = None,
+        tree: Path = ROOT,
+        environ: Mapping[str, str] | None = None,
+        edge: str = "127.0.0.1:0",
+    ) -> AbstractContextManager[Mesh]:
+        folder = data or tmp_path / f"mesh-{next(numbers)}"
+        return running_mesh(folder, tree=tree, environ=environ, edge=edge)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def sign_in() -> Callable[[Mesh], str]:
+    """Signs a new user up and in, over REST; the access token."""
+
+    def sign_up_and_in(mesh: Mesh) -> str:
+        email = f"user-{secrets.token_hex(6)}@example.com"
+        body = {"email": email, "password": secrets.token_urlsafe(16)}
+        signed_up = mesh.post("/v1/users:signUp", json=body, headers={"Idempotency-Key": email})
+        assert signed_up.status_code == 200, signed_up.text
+        session = mesh.post("/v1/sessions", json=body, headers={"Idempotency-Key": email})
+        assert session.status_code == 200, session.text
+        return str(session.json()["tokens"]["accessToken"])
+
+    return sign_up_and_in
