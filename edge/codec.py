@@ -1,0 +1,430 @@
+"""Canonical proto3 JSON <-> messages, compiled once per message type.
+
+Compiling walks a message's descriptor and leaves small functions behind: one setter
+per JSON name, and one pass that reads all plain fields at once. Nothing is looked up
+in descriptors while a request is served.
+
+Stricter than google.protobuf.json_format, which misses 12 cases of the conformance
+suite: booleans are never numbers or enums, one field under two spellings is refused,
+times follow RFC 3339 to the letter. Unknown fields, duplicate keys, NUL in strings and
+bare 64-bit numbers beyond 2^53 are refused.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from edge import well_known
+from edge.fields import AnyMessage, JsonValue, is_map, map_fields
+from edge.json_text import Wrong, parse_json
+from edge.scalars import encode_map_key, map_key_decoder, scalar_decoder, scalar_encoder
+from edge.well_known import Into, ToJson
+
+# An Any inside an Any inside ...: each level is a message of its own, beyond protobuf's limit.
+ANY_LEVELS_MAX = 8
+
+_ANY = "google.protobuf.Any"
+_VALUE = "google.protobuf.Value"
+_NULL_VALUE = "google.protobuf.NullValue"
+
+Setter = Callable[[Any, Any], None]
+
+
+@dataclass(frozen=True)
+class CodecOptions:
+    """How answers are written.
+
+    Attributes:
+        emit_defaults: whether fields without presence are written when they hold their default
+            ("" , 0, [] ...). REST callers expect a field to be there, so this is the default;
+            canonical proto JSON leaves them out. Unset messages, optional fields and members
+            of a oneof are left out either way.
+    """
+
+    emit_defaults: bool = True
+
+
+class MessageCodec:
+    """Reads and writes one message type.
+
+    Attributes:
+        into: fills a message from a JSON value; raises Wrong.
+        to_json: makes the JSON value of a message; raises ValueError for what JSON cannot write.
+    """
+
+    into: Into
+    to_json: ToJson
+
+    def __init__(self, descriptor: Descriptor) -> None:
+        self.descriptor = descriptor
+        self.message_class: type[Message] = GetMessageClass(descriptor)
+
+    def message_of_json(self, text: bytes) -> Message:
+        """Read one JSON document.
+
+        Raises:
+            Wrong: text is no JSON, or does not fit the message; its path names the field.
+        """
+        message = self.message_class()
+        self.into(message, parse_json(text))
+        return message
+
+    def json_of_message(self, message: Message) -> bytes:
+        """Write a message as one JSON document without line breaks.
+
+        Raises:
+            ValueError: the message holds what JSON cannot write, such as a time out of range.
+        """
+        return orjson.dumps(self.to_json(message))
+
+
+class Codecs:
+    """The codecs of one pool's messages; each is compiled when first asked for.
+
+    Args:
+        pool: where the types inside an Any are found.
+        options: how answers are written.
+    """
+
+    def __init__(self, pool: DescriptorPool, options: CodecOptions | None = None) -> None:
+        self._pool = pool
+        self._options = options or CodecOptions()
+        self._codecs: dict[tuple[str, int], MessageCodec] = {}
+
+    def of(self, descriptor: Descriptor, *, any_level: int = 0) -> MessageCodec:
+        """The codec of a message type.
+
+        Args:
+            descriptor: of a message in the pool.
+            any_level: how many Anys stand around it.
+        """
+        key = (descriptor.full_name, any_level)
+        codec = self._codecs.get(key)
+        if codec is None:
+            # Known before it is complete, so that a recursive type finds itself.
+            codec = self._codecs[key] = MessageCodec(descriptor)
+            codec.into, codec.to_json = self._compile(descriptor, any_level)
+        return codec
+
+    def value_of(self, field: FieldDescriptor) -> tuple[Setter, ToJson]:
+        """How one field is set from a JSON value, and its JSON value read from the message.
+
+        For body and response_body, whose document is a field and not a message.
+        """
+        encode = self._value_encoder(field, 0)
+        name = field.name
+
+        def read(message: AnyMessage) -> JsonValue:
+            value = getattr(message, name)
+            return value if encode is None else encode(value)
+
+        return self._setter(field, 0), read
+
+    def _compile(self, descriptor: Descriptor, any_level: int) -> tuple[Into, ToJson]:
+        name = descriptor.full_name
+        if name in well_known.CODECS:
+            return well_known.CODECS[name]
+        if name in well_known.WRAPPERS:
+            return well_known.wrapper_codec(descriptor)
+        if name == _ANY:
+            return self._any_codec(any_level)
+        into = self._object_decoder(descriptor, any_level)
+        return into, self._object_encoder(descriptor, any_level)
+
+    # --- JSON -> message
+
+    def _object_decoder(self, descriptor: Descriptor, any_level: int) -> Into:
+        setters = {f.json_name: self._setter(f, any_level) for f in descriptor.fields}
+        for field in descriptor.fields:
+            if field.name not in setters:
+                setters[field.name] = setters[field.json_name]
+        second_names = {
+            field.name: field.json_name
+            for field in descriptor.fields
+            if field.name != field.json_name
+        }
+
+        def into(message: AnyMessage, value: JsonValue) -> None:
+            if type(value) is not dict:
+                raise Wrong("must be an object")
+            for key, item in value.items():
+                setter = setters.get(key)
+                if setter is None:
+                    raise Wrong("is no field of this message", key)
+                first_name = second_names.get(key, key)
+                if first_name is not key and first_name in value:
+                    raise Wrong(f"is given twice, as {key} too", first_name)
+                try:
+                    setter(message, item)
+                except Wrong as wrong:
+                    raise wrong.within(first_name) from None
+
+        return into
+
+    def _setter(self, field: FieldDescriptor, any_level: int) -> Setter:
+        if is_map(field):
+            return self._map_setter(field, any_level)
+        if field.is_repeated:
+            return self._repeated_setter(field, any_level)
+        setter = self._single_setter(field, any_level)
+        oneof = field.containing_oneof
+        # The compiler makes a oneof around each proto3 optional field; it restricts nothing.
+        if oneof is not None and len(oneof.fields) > 1:
+            return _only_member(oneof.name, setter, takes_null=_takes_null(field))
+        return setter
+
+    def _single_setter(self, field: FieldDescriptor, any_level: int) -> Setter:
+        name, takes_null = field.name, _takes_null(field)
+        if field.message_type is None:
+            decode = scalar_decoder(field)
+
+            def set_scalar(message: AnyMessage, value: JsonValue) -> None:
+                if value is not None or takes_null:
+                    setattr(message, name, decode(value))
+
+            return set_scalar
+        codec = self.of(field.message_type, any_level=any_level)
+
+        def set_message(message: AnyMessage, value: JsonValue) -> None:
+            if value is not None or takes_null:
+                inner = getattr(message, name)
+                inner.SetInParent()
+                codec.into(inner, value)
+
+        return set_message
+
+    def _repeated_setter(self, field: FieldDescriptor, any_level: int) -> Setter:
+        name = field.name
+        if field.message_type is None:
+            return _repeated_scalar_setter(name, scalar_decoder(field))
+        codec = self.of(field.message_type, any_level=any_level)
+
+        def set_messages(message: AnyMessage, value: JsonValue) -> None:
+            if value is None:
+                return
+            if type(value) is not list:
+                raise Wrong("must be an array")
+            target = getattr(message, name)
+            for index, item in enumerate(value):
+                try:
+                    codec.into(target.add(), item)
+                except Wrong as wrong:
+                    raise wrong.within(index) from None
+
+        return set_messages
+
+    def _map_setter(self, field: FieldDescriptor, any_level: int) -> Setter:
+        name = field.name
+        key_field, value_field = map_fields(field)
+        decode_key = map_key_decoder(key_field)
+        codec = decode = None
+        if value_field.message_type is not None:
+            codec = self.of(value_field.message_type, any_level=any_level)
+        else:
+            decode = scalar_decoder(value_field)
+
+        def set_map(message: AnyMessage, value: JsonValue) -> None:
+            if value is None:
+                return
+            if type(value) is not dict:
+                raise Wrong("must be an object")
+            target = getattr(message, name)
+            for key, item in value.items():
+                try:
+                    map_key = decode_key(key)
+                    if map_key in target:  # "0" and "-0"
+                        raise Wrong("is given twice")
+                    if decode is not None:
+                        target[map_key] = decode(item)
+                    elif codec is not None:
+                        codec.into(target[map_key], item)
+                except Wrong as wrong:
+                    raise wrong.within(key) from None
+
+        return set_map
+
+    # --- message -> JSON
+
+    def _object_encoder(self, descriptor: Descriptor, any_level: int) -> ToJson:
+        if not self._options.emit_defaults:
+            return self._sparse_encoder(descriptor, any_level)
+        plain = [field for field in descriptor.fields if not field.has_presence]
+        read_plain = _tuple_getter([field.name for field in plain])
+        plain_names = [field.json_name for field in plain]
+        conversions = [
+            (field.json_name, encode)
+            for field in plain
+            if (encode := self._value_encoder(field, any_level)) is not None
+        ]
+        present = [
+            (field.name, field.json_name, self._value_encoder(field, any_level))
+            for field in descriptor.fields
+            if field.has_presence
+        ]
+
+        def to_json(message: AnyMessage) -> dict[str, Any]:
+            out = dict(zip(plain_names, read_plain(message), strict=True))
+            for json_name, encode in conversions:
+                out[json_name] = encode(out[json_name])
+            for name, json_name, maybe_encode in present:
+                if message.HasField(name):
+                    value = getattr(message, name)
+                    out[json_name] = value if maybe_encode is None else maybe_encode(value)
+            return out
+
+        return to_json
+
+    def _sparse_encoder(self, descriptor: Descriptor, any_level: int) -> ToJson:
+        by_number = {
+            field.number: (field.json_name, self._value_encoder(field, any_level))
+            for field in descriptor.fields
+        }
+
+        def to_json(message: AnyMessage) -> dict[str, Any]:
+            out = {}
+            for field, value in message.ListFields():
+                if not field.is_extension:
+                    json_name, encode = by_number[field.number]
+                    out[json_name] = value if encode is None else encode(value)
+            return out
+
+        return to_json
+
+    def _value_encoder(self, field: FieldDescriptor, any_level: int) -> ToJson | None:
+        """How the whole value of a field is written; None if orjson takes it as it is."""
+        if is_map(field):
+            return self._map_encoder(field, any_level)
+        single = self._single_encoder(field, any_level)
+        if not field.is_repeated:
+            return single
+        if single is None:
+            return list
+        return lambda values: [single(value) for value in values]
+
+    def _single_encoder(self, field: FieldDescriptor, any_level: int) -> ToJson | None:
+        if field.message_type is None:
+            return scalar_encoder(field)
+        codec = self.of(field.message_type, any_level=any_level)
+        if field.message_type.full_name in well_known.CODECS:
+            return codec.to_json
+        # The codec may still be compiling (a recursive type): look its function up when called.
+        return lambda message: codec.to_json(message)  # noqa: PLW0108
+
+    def _map_encoder(self, field: FieldDescriptor, any_level: int) -> ToJson:
+        encode = self._single_encoder(map_fields(field)[1], any_level)
+
+        def to_json(values: AnyMessage) -> dict[str, Any]:
+            # A map has no order of its own; sorted, equal messages have equal documents.
+            if encode is None:
+                return {encode_map_key(key): values[key] for key in sorted(values)}
+            return {encode_map_key(key): encode(values[key]) for key in sorted(values)}
+
+        return to_json
+
+    # --- Any
+
+    def _any_codec(self, any_level: int) -> tuple[Into, ToJson]:
+        def inner_codec(type_url: str) -> MessageCodec | None:
+            try:
+                descriptor = self._pool.FindMessageTypeByName(type_url.rpartition("/")[2])
+            except KeyError:
+                return None
+            return self.of(descriptor, any_level=any_level + 1)
+
+        def into(message: AnyMessage, value: JsonValue) -> None:
+            if type(value) is not dict:
+                raise Wrong("must be an object")
+            if not value:
+                return
+            if any_level >= ANY_LEVELS_MAX:
+                raise Wrong(f"has more than {ANY_LEVELS_MAX} Anys inside each other")
+            type_url = value.get("@type")
+            codec = inner_codec(type_url) if type(type_url) is str and "/" in type_url else None
+            if codec is None:
+                raise Wrong("must be the URL of a type of these contracts", "@type")
+            inner = codec.message_class()
+            codec.into(inner, _any_content(codec, value))
+            message.type_url = type_url
+            message.value = inner.SerializePartialToString(deterministic=True)
+
+        def to_json(message: AnyMessage) -> dict[str, Any]:
+            if not message.type_url:
+                return {}
+            codec = inner_codec(message.type_url) if any_level < ANY_LEVELS_MAX else None
+            if codec is None:
+                raise ValueError("an Any holds a type that these contracts do not have")
+            inner = codec.message_class()
+            try:
+                inner.ParseFromString(message.value)
+            except DecodeError as error:
+                raise ValueError("an Any holds bytes that do not parse") from error
+            content = codec.to_json(inner)
+            head = {"@type": message.type_url}
+            return head | ({"value": content} if _has_own_json(codec.descriptor) else content)
+
+        return into, to_json
+
+
+def _any_content(codec: MessageCodec, value: dict[str, Any]) -> JsonValue:
+    """The JSON of the message inside an Any: beside "@type", or under "value"."""
+    rest = {key: item for key, item in value.items() if key != "@type"}
+    if not _has_own_json(codec.descriptor):
+        return rest
+    if rest.keys() != {"value"}:
+        raise Wrong('must hold "@type" and "value"')
+    return rest["value"]
+
+
+def _has_own_json(descriptor: Descriptor) -> bool:
+    name = descriptor.full_name
+    return name in well_known.CODECS or name in well_known.WRAPPERS or name == _ANY
+
+
+def _takes_null(field: FieldDescriptor) -> bool:
+    """Whether JSON null is a value of this field; elsewhere it means that the field is unset."""
+    if field.message_type is not None:
+        return field.message_type.full_name == _VALUE
+    return field.enum_type is not None and field.enum_type.full_name == _NULL_VALUE
+
+
+def _only_member(oneof: str, setter: Setter, *, takes_null: bool) -> Setter:
+    """Refuse a second member of a oneof; the first would be lost without a word."""
+
+    def set_member(message: AnyMessage, value: JsonValue) -> None:
+        before = message.WhichOneof(oneof)
+        if before is not None and (value is not None or takes_null):
+            name = message.DESCRIPTOR.fields_by_name[before].json_name
+            raise Wrong(f"excludes {name}: only one of {oneof} may be set")
+        setter(message, value)
+
+    return set_member
+
+
+def _repeated_scalar_setter(name: str, decode: Callable[[Any], Any]) -> Setter:
+    def set_scalars(message: AnyMessage, value: JsonValue) -> None:
+        if value is None:
+            return
+        if type(value) is not list:
+            raise Wrong("must be an array")
+        target = getattr(message, name)
+        for index, item in enumerate(value):
+            try:
+                target.append(decode(item))
+            except Wrong as wrong:
+                raise wrong.within(index) from None
+
+    return set_scalars
+
+
+def _tuple_getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """Read these attributes at once; attrgetter alone returns no tuple for one name."""
+    if len(names) > 1:
+        return cast("Callable[[Any], tuple[Any, ...]]", operator.attrgetter(*names))
+    return lambda message: tuple(getattr(message, name) for name in names)

@@ -1,0 +1,203 @@
+"""The contracts that the edge serves: their messages, methods, policies and comments.
+
+Everything is read from one FileDescriptorSet, ours or another's, into a pool of its
+own: the edge imports no generated module of a service.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+
+from google.api import (  # type: ignore[import-untyped] # its wheel has no types
+    annotations_pb2,
+    http_pb2,
+)
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.descriptor_pb2 import (
+    DescriptorProto,
+    EnumDescriptorProto,
+    FileDescriptorProto,
+    FileDescriptorSet,
+)
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from tenfold.options.v1 import policy_pb2
+
+# Field numbers of descriptor.proto, by which SourceCodeInfo names what it comments on.
+_FILE_MESSAGES, _FILE_ENUMS, _FILE_SERVICES = 4, 5, 6
+_MESSAGE_FIELDS, _MESSAGE_NESTED, _MESSAGE_ENUMS = 2, 3, 4
+_ENUM_VALUES, _SERVICE_METHODS = 2, 2
+
+
+class ContractError(ValueError):
+    """The contracts cannot be served; the message says which part, and why."""
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One RPC method.
+
+    Attributes:
+        full_name: the RPC path, "/tenfold.ledger.v1.LedgerService/GetAccount".
+        input: the class of its request message.
+        output: the class of its answer message.
+        client_streaming: whether requests are a stream.
+        server_streaming: whether answers are a stream.
+        policy: what the contract allows; all defaults (nobody) if it says nothing.
+        rule: its google.api.http rule, or None.
+    """
+
+    full_name: str
+    input: type[Message]
+    output: type[Message]
+    client_streaming: bool
+    server_streaming: bool
+    policy: policy_pb2.MethodPolicy
+    rule: http_pb2.HttpRule | None
+
+    @property
+    def service(self) -> str:
+        """The full name of its service: "tenfold.ledger.v1.LedgerService"."""
+        return self.full_name[1:].partition("/")[0]
+
+    @property
+    def name(self) -> str:
+        """Its own name: "GetAccount"."""
+        return self.full_name.rpartition("/")[2]
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether REST may reach it at all."""
+        return not self.policy.internal and self.policy.access != policy_pb2.ACCESS_SERVICE
+
+
+class Contracts:
+    """Messages, methods and comments of one descriptor set.
+
+    Args:
+        file_set: the files with all they import (protoc --include_imports), in any order;
+            with source info (--include_source_info), their comments are known too.
+
+    Raises:
+        ContractError: a file is missing or does not build.
+    """
+
+    def __init__(self, file_set: FileDescriptorSet) -> None:
+        # Parsed again so that options read before their extensions were imported are known.
+        self.file_set = FileDescriptorSet.FromString(file_set.SerializeToString())
+        self.pool = DescriptorPool()
+        self._add_files()
+        self._comments: dict[str, str] | None = None
+
+    @classmethod
+    def of_bytes(cls, image: bytes) -> "Contracts":
+        """The contracts of a serialized FileDescriptorSet."""
+        return cls(FileDescriptorSet.FromString(image))
+
+    def message(self, full_name: str) -> Descriptor:
+        """The descriptor of a message; KeyError if there is none."""
+        return self.pool.FindMessageTypeByName(full_name)
+
+    def methods(self) -> Iterator[MethodInfo]:
+        """Every method, in the order of the files."""
+        for file in self.file_set.file:
+            for service in file.service:
+                prefix = f"{file.package}." if file.package else ""
+                for method in service.method:
+                    options = method.options
+                    has_rule = options.HasExtension(annotations_pb2.http)
+                    yield MethodInfo(
+                        full_name=f"/{prefix}{service.name}/{method.name}",
+                        input=self._message_class(method.input_type),
+                        output=self._message_class(method.output_type),
+                        client_streaming=method.client_streaming,
+                        server_streaming=method.server_streaming,
+                        policy=options.Extensions[policy_pb2.method],
+                        rule=options.Extensions[annotations_pb2.http] if has_rule else None,
+                    )
+
+    def comment(self, full_name: str) -> str:
+        """What the contract says above a message, field, enum, value, service or method.
+
+        Args:
+            full_name: "tenfold.ledger.v1.Account.owner"; a method is
+                "tenfold.ledger.v1.LedgerService.GetAccount".
+
+        Returns:
+            The text without lines that only speak to the linter; "" if there is none.
+        """
+        if self._comments is None:
+            self._comments = dict(self._read_comments())
+        return self._comments.get(full_name, "")
+
+    def _message_class(self, type_name: str) -> type[Message]:
+        descriptor = self.pool.FindMessageTypeByName(type_name.lstrip("."))
+        message_class: type[Message] = GetMessageClass(descriptor)
+        return message_class
+
+    def _add_files(self) -> None:
+        """Add each file after what it imports."""
+        waiting = {file.name: file for file in self.file_set.file}
+        while waiting:
+            ready = [file for file in waiting.values() if not waiting.keys() & set(file.dependency)]
+            if not ready:
+                raise ContractError(f"these files import each other: {sorted(waiting)}")
+            for file in ready:
+                try:
+                    self.pool.Add(file)
+                except (TypeError, KeyError) as error:
+                    raise ContractError(f"{file.name} does not build: {error}") from error
+                del waiting[file.name]
+
+    def _read_comments(self) -> Iterator[tuple[str, str]]:
+        for file in self.file_set.file:
+            names = dict(_names_by_path(file))
+            for location in file.source_code_info.location:
+                name = names.get(tuple(location.path))
+                text = _clean_comment(location.leading_comments)
+                if name and text:
+                    yield name, text
+
+
+def load_contracts() -> Contracts:
+    """Tenfold's own contracts, from the image that `make stubs` writes."""
+    return Contracts.of_bytes((files("tenfold") / "contracts.binpb").read_bytes())
+
+
+def _clean_comment(comment: str) -> str:
+    lines = [line.strip() for line in comment.splitlines()]
+    return "\n".join(line for line in lines if not line.startswith("buf:lint:")).strip()
+
+
+def _names_by_path(file: FileDescriptorProto) -> Iterator[tuple[tuple[int, ...], str]]:
+    prefix = f"{file.package}." if file.package else ""
+    for index, message in enumerate(file.message_type):
+        yield from _message_paths(message, (_FILE_MESSAGES, index), prefix + message.name)
+    for index, enum in enumerate(file.enum_type):
+        yield from _enum_paths(enum, (_FILE_ENUMS, index), prefix + enum.name)
+    for index, service in enumerate(file.service):
+        path, name = (_FILE_SERVICES, index), prefix + service.name
+        yield path, name
+        for number, method in enumerate(service.method):
+            yield (*path, _SERVICE_METHODS, number), f"{name}.{method.name}"
+
+
+def _message_paths(
+    message: DescriptorProto, path: tuple[int, ...], name: str
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    yield path, name
+    for index, field in enumerate(message.field):
+        yield (*path, _MESSAGE_FIELDS, index), f"{name}.{field.name}"
+    for index, nested in enumerate(message.nested_type):
+        yield from _message_paths(nested, (*path, _MESSAGE_NESTED, index), f"{name}.{nested.name}")
+    for index, enum in enumerate(message.enum_type):
+        yield from _enum_paths(enum, (*path, _MESSAGE_ENUMS, index), f"{name}.{enum.name}")
+
+
+def _enum_paths(
+    enum: EnumDescriptorProto, path: tuple[int, ...], name: str
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    yield path, name
+    for index, value in enumerate(enum.value):
+        yield (*path, _ENUM_VALUES, index), f"{name}.{value.name}"

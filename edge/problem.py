@@ -1,0 +1,245 @@
+"""Error -> RFC 9457 problem document: the only place that knows HTTP's codes.
+
+One shape everywhere, also inside streams: type, title, status, detail, and our members
+code (gRPC's name), reason, request_id, details, violations.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from edge.fields import descriptor_of, is_map, map_fields
+from edge.routes import Route
+from shared import errors
+from shared.errors import ERROR_DOMAIN, InvalidRequest, TenfoldError, Violation
+from shared.rpc.status import code_of
+
+CONTENT_TYPE = "application/problem+json"
+# What a caller sees of a bug: nothing of it.
+INTERNAL_DETAIL = "Something failed on our side. The request id finds it in our log."
+
+# The canonical table of google.rpc.Code, by error class. Two rows differ from their code's:
+# a server that is full is 503 and not the caller's 429, and a reused key is 422 (the
+# Idempotency-Key draft, section 2.7).
+_STATUS: Mapping[type[TenfoldError], HTTPStatus] = {
+    errors.IdempotencyKeyReused: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.InvalidRequest: HTTPStatus.BAD_REQUEST,
+    errors.Unauthenticated: HTTPStatus.UNAUTHORIZED,
+    errors.PermissionDenied: HTTPStatus.FORBIDDEN,
+    errors.NotFound: HTTPStatus.NOT_FOUND,
+    errors.AlreadyExists: HTTPStatus.CONFLICT,
+    errors.FailedPrecondition: HTTPStatus.BAD_REQUEST,
+    errors.QuotaExceeded: HTTPStatus.TOO_MANY_REQUESTS,
+    errors.Overloaded: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.Aborted: HTTPStatus.CONFLICT,
+    errors.Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.DeadlineExceeded: HTTPStatus.GATEWAY_TIMEOUT,
+    errors.Unimplemented: HTTPStatus.NOT_IMPLEMENTED,
+    errors.Internal: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+_PATH_PART = re.compile(
+    r"\.?([A-Za-z_@][A-Za-z0-9_]*)"  # a field
+    r"|\[([0-9]+)\]"  # an element
+    r'|\["((?:[^"\\]|\\.)*)"\]'  # a map entry
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An HTTP answer that tells of an error.
+
+    Attributes:
+        status: the HTTP status.
+        headers: in lower case, beside content-length.
+        document: the members of the problem document.
+    """
+
+    status: int
+    document: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def body(self) -> bytes:
+        """The document as JSON without line breaks, so that a stream's last line can carry it."""
+        return orjson.dumps(self.document)
+
+
+def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = None) -> Problem:
+    """Tell of an error.
+
+    Args:
+        error: what went wrong; of an Internal, only the request id is told.
+        request_id: the correlation id of the request.
+        route: gives the fields of violations their JSON names and pointers; None before routing.
+    """
+    status = status_of(error)
+    detail = INTERNAL_DETAIL if isinstance(error, errors.Internal) else error.message
+    document = _document(status, code_of(error).name, error.error_reason, detail, request_id)
+    if error.metadata and not isinstance(error, errors.Internal):
+        document["details"] = dict(sorted(error.metadata.items()))
+    if isinstance(error, InvalidRequest) and error.violations:
+        told = [_violation(violation, route) for violation in error.violations]
+        document["violations"] = told
+        prefix = f"{error.violations[0].field}: "
+        if detail.startswith(prefix):  # InvalidRequest.of_field: say it in JSON names too
+            document["detail"] = f"{told[0]['field']}: {detail.removeprefix(prefix)}"
+    headers = {"content-type": CONTENT_TYPE}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(max(0, math.ceil(error.retry_after_s)))
+    if status == HTTPStatus.UNAUTHORIZED:
+        # RFC 9110, section 11.6.1. Never the message: peers copied it here and leaked it.
+        headers["www-authenticate"] = "Bearer"
+    return Problem(status, document, headers)
+
+
+def http_problem(
+    status: int,
+    *,
+    code: str,
+    reason: str,
+    detail: str,
+    request_id: str,
+    headers: Mapping[str, str] | None = None,
+) -> Problem:
+    """Tell of what only HTTP knows: no route, a method not allowed, a body too large.
+
+    Args:
+        status: the HTTP status.
+        code: the gRPC name that is nearest, such as "NOT_FOUND".
+        reason: in UPPER_SNAKE_CASE, for programs.
+        detail: one sentence for people.
+        request_id: the correlation id of the request.
+        headers: what the status asks for, in lower case, such as "allow".
+    """
+    document = _document(HTTPStatus(status), code, reason, detail, request_id)
+    return Problem(status, document, {"content-type": CONTENT_TYPE, **(headers or {})})
+
+
+def not_found(*, request_id: str) -> Problem:
+    """No route has this path."""
+    return http_problem(
+        HTTPStatus.NOT_FOUND,
+        code="NOT_FOUND",
+        reason="ROUTE_NOT_FOUND",
+        detail="Nothing is served at this path.",
+        request_id=request_id,
+    )
+
+
+def method_not_allowed(allowed_methods: tuple[str, ...], *, request_id: str) -> Problem:
+    """The path is served, by other methods."""
+    return http_problem(
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        code="UNIMPLEMENTED",
+        reason="METHOD_NOT_ALLOWED",
+        detail=f"This path answers {', '.join(allowed_methods)}.",
+        request_id=request_id,
+        headers={"allow": ", ".join(allowed_methods)},
+    )
+
+
+def status_of(error: TenfoldError) -> HTTPStatus:
+    """The HTTP status of an error: by its reason where that says more, else by its class."""
+    if error.error_reason == errors.IdempotencyKeyReused.reason:
+        return HTTPStatus.UNPROCESSABLE_ENTITY
+    if error.error_reason == errors.IdempotencyInFlight.reason:
+        return HTTPStatus.CONFLICT
+    for kind in type(error).__mro__:
+        if kind in _STATUS:
+            return _STATUS[kind]
+    return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def json_field(path: str, message: Descriptor | None) -> tuple[str, str]:
+    """Translate a field path into JSON names.
+
+    Args:
+        path: as protovalidate and services write it: 'entries[0].amount', 'labels["a.b"]'.
+            Names that are JSON names already, or of no field, stay as they are.
+        message: where the path starts; None leaves all names as they are.
+
+    Returns:
+        The path in JSON names, and its JSON pointer (RFC 6901): "/entries/0/amount".
+    """
+    text = pointer = ""
+    at = 0
+    while at < len(path):
+        found = _PATH_PART.match(path, at)
+        if found is None:
+            return path, ""
+        name, index, key = found.groups()
+        at = found.end()
+        if name is not None:
+            name, message = _json_name(name, message)
+            text += f".{name}" if text else name
+        else:
+            text += found.group()
+        token = next(part for part in (name, index, key) if part is not None)
+        pointer += "/" + token.replace("~", "~0").replace("/", "~1")
+    return text, pointer
+
+
+def _json_name(name: str, message: Descriptor | None) -> tuple[str, Descriptor | None]:
+    """The JSON name of a field, and the message that follows it."""
+    if message is None:
+        return name, None
+    found = message.fields_by_name.get(name)
+    if found is None:
+        found = next((f for f in message.fields if f.json_name == name), None)
+    if found is None:
+        return name, None
+    return found.json_name, _next_message(found)
+
+
+def _next_message(descriptor: FieldDescriptor) -> Descriptor | None:
+    return map_fields(descriptor)[1].message_type if is_map(descriptor) else descriptor.message_type
+
+
+def _violation(violation: Violation, route: Route | None) -> dict[str, str]:
+    message = descriptor_of(route.method.input) if route is not None else None
+    name, pointer = json_field(violation.field, message)
+    told = {"field": name, "description": violation.description}
+    in_body = _pointer_into_body(pointer, route)
+    if in_body:
+        # As a URI fragment, the form that RFC 9457 shows.
+        told["pointer"] = f"#{in_body}"
+    return told
+
+
+def _pointer_into_body(pointer: str, route: Route | None) -> str:
+    """The pointer within the HTTP body, "" if the field is not in it."""
+    if route is None or not route.body:
+        return ""
+    variables = {f"/{_json_pointer_of(v.field_path, route)}" for v in route.template.variables}
+    if pointer in variables:
+        return ""
+    if route.body == "*":
+        return pointer
+    body_name = descriptor_of(route.method.input).fields_by_name[route.body].json_name
+    prefix = f"/{body_name}"
+    return pointer.removeprefix(prefix) if pointer.startswith(f"{prefix}/") else ""
+
+
+def _json_pointer_of(field_path: str, route: Route) -> str:
+    return json_field(field_path, descriptor_of(route.method.input))[1].removeprefix("/")
+
+
+def _document(
+    status: HTTPStatus, code: str, reason: str, detail: str, request_id: str
+) -> dict[str, Any]:
+    return {
+        "type": f"https://{ERROR_DOMAIN}/errors/{reason.lower().replace('_', '-')}",
+        "title": status.phrase,
+        "status": int(status),
+        "detail": detail,
+        "code": code,
+        "reason": reason,
+        "request_id": request_id,
+    }

@@ -1,0 +1,244 @@
+"""Parameters in text, from a query or a path, into the fields of a message.
+
+http.proto: a parameter's name is the field path in the request message; fields are
+primitive, repeated primitive, or messages whose fields are parameters of their own.
+Beyond that text, well-known types that JSON writes as one string or number (times,
+masks, wrappers) are leaves, and a map of scalars is written labels[key]=value, as
+grpc-gateway does. Names may be JSON names or proto names; a field under two spellings
+is given twice.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from edge import well_known
+from edge.fields import AnyMessage, JsonValue, is_map, map_fields, message_type
+from edge.json_text import Wrong
+from edge.scalars import decode_bool_text, map_key_decoder, scalar_decoder
+
+QUERY_PARAMETERS_MAX = 1000
+PATH_PARTS_MAX = 32
+
+_NUMBER = re.compile(r"-?[0-9]{1,10}")
+
+TextDecode = Callable[[str], Any]
+
+_TEXT_LEAVES = {
+    f"google.protobuf.{name}": well_known.CODECS[f"google.protobuf.{name}"][0]
+    for name in ("Timestamp", "Duration", "FieldMask")
+}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A field that text can fill.
+
+    Attributes:
+        fields: from the message's own field down to it.
+        map_key: the key in labels[key], or None.
+    """
+
+    fields: tuple[FieldDescriptor, ...]
+    map_key: str | None
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Proto names, for comparison."""
+        return tuple(field.name for field in self.fields)
+
+    @property
+    def json_path(self) -> str:
+        """As callers write it: "filter.labels[a]"."""
+        text = ".".join(field.json_name for field in self.fields)
+        return text if self.map_key is None else f"{text}[{self.map_key}]"
+
+
+def parse_query(query: bytes) -> list[tuple[str, str]]:
+    """Split and decode a query string ("a=1&b=2"); "+" is a space, as browsers send it.
+
+    Raises:
+        Wrong: too many parameters, or one that is not percent-encoded UTF-8.
+    """
+    if query.count(b"&") >= QUERY_PARAMETERS_MAX:
+        raise Wrong(f"has more than {QUERY_PARAMETERS_MAX} parameters")
+    pairs = []
+    for part in query.split(b"&"):
+        if part:
+            name, _, value = part.partition(b"=")
+            key = _decode_part(name, "a parameter's name")
+            pairs.append((key, _decode_part(value, key)))
+    return pairs
+
+
+def _decode_part(part: bytes, what: str) -> str:
+    plain = part.replace(b"+", b" ")
+    if b"%" in plain:
+        decoded = unquote_to_bytes(plain)
+        # Each good escape turns three bytes into one; what is left over is a broken one.
+        if len(plain) - len(decoded) != 2 * plain.count(b"%"):
+            raise Wrong.of_field(what[:64], "is not percent-encoded")
+        plain = decoded
+    try:
+        return plain.decode()
+    except UnicodeDecodeError:
+        raise Wrong.of_field(what[:64], "must be UTF-8 text") from None
+
+
+def find_leaf(message: Descriptor, name: str) -> Leaf:
+    """Find the field that a parameter names.
+
+    Raises:
+        Wrong: there is none, or text can not fill it.
+    """
+    path, bracket, rest = name.partition("[")
+    if bracket and not rest.endswith("]"):
+        raise Wrong.of_field(name[:64], "is no parameter of this method")
+    parts = path.split(".")
+    if len(parts) > PATH_PARTS_MAX:
+        raise Wrong.of_field(name[:64], "is no parameter of this method")
+    fields: list[FieldDescriptor] = []
+    descriptor: Descriptor | None = message
+    for part in parts:
+        field = _field_named(descriptor, part) if descriptor is not None else None
+        if field is None:
+            raise Wrong.of_field(name[:64], "is no parameter of this method")
+        fields.append(field)
+        descriptor = None if field.is_repeated or _is_text_leaf(field) else field.message_type
+    leaf = Leaf(tuple(fields), rest[:-1] if bracket else None)
+    _check_leaf(leaf)
+    return leaf
+
+
+def _field_named(message: Descriptor, name: str) -> FieldDescriptor | None:
+    found = message.fields_by_camelcase_name.get(name) or message.fields_by_name.get(name)
+    if found is not None:
+        return found
+    return next((field for field in message.fields if field.json_name == name), None)
+
+
+def _is_text_leaf(field: FieldDescriptor) -> bool:
+    if field.message_type is None:
+        return True
+    name = field.message_type.full_name
+    return name in _TEXT_LEAVES or name in well_known.WRAPPERS
+
+
+def _check_leaf(leaf: Leaf) -> None:
+    field = leaf.fields[-1]
+    if is_map(field):
+        _, value = map_fields(field)
+        if leaf.map_key is None or value.message_type is not None:
+            raise Wrong.of_field(leaf.json_path, f"is a map: write {field.json_name}[key]=value")
+    elif leaf.map_key is not None:
+        raise Wrong.of_field(leaf.json_path, "is no map")
+    elif not _is_text_leaf(field):
+        raise Wrong.of_field(leaf.json_path, "is a message: name one of its fields")
+
+
+def set_leaf(message: AnyMessage, leaf: Leaf, texts: list[str]) -> None:
+    """Fill a field from text.
+
+    Args:
+        message: the root message.
+        leaf: of its type.
+        texts: one text, or more for a repeated field.
+
+    Raises:
+        Wrong: a text does not fit, or another member of its oneof is set.
+    """
+    try:
+        target = message
+        for field in leaf.fields[:-1]:
+            _check_oneof(target, field)
+            target = getattr(target, field.name)
+        field = leaf.fields[-1]
+        _check_oneof(target, field)
+        if is_map(field):
+            _set_map_entry(target, field, leaf.map_key or "", _only(texts))
+        elif field.is_repeated:
+            for text in texts:
+                _append(getattr(target, field.name), field, text)
+        else:
+            _set_single(target, field, _only(texts))
+    except Wrong as wrong:
+        raise Wrong.of_field(leaf.json_path, wrong.description) from None
+
+
+def _only(texts: list[str]) -> str:
+    if len(texts) > 1:
+        raise Wrong("is given twice")
+    return texts[0]
+
+
+def _set_single(target: AnyMessage, field: FieldDescriptor, text: str) -> None:
+    if field.message_type is None:
+        setattr(target, field.name, text_decoder(field)(text))
+    else:
+        _fill(getattr(target, field.name), field, text)
+
+
+def _append(values: AnyMessage, field: FieldDescriptor, text: str) -> None:
+    if field.message_type is None:
+        values.append(text_decoder(field)(text))
+    else:
+        _fill(values.add(), field, text)
+
+
+def _fill(inner: AnyMessage, field: FieldDescriptor, text: str) -> None:
+    into = _TEXT_LEAVES.get(message_type(field).full_name)
+    if into is not None:
+        into(inner, text)
+    else:
+        inner.value = text_decoder(message_type(field).fields_by_name["value"])(text)
+        inner.SetInParent()
+
+
+def _set_map_entry(target: AnyMessage, field: FieldDescriptor, key: str, text: str) -> None:
+    key_field, value_field = map_fields(field)
+    map_key = map_key_decoder(key_field)(key)
+    getattr(target, field.name)[map_key] = text_decoder(value_field)(text)
+
+
+def _check_oneof(target: AnyMessage, field: FieldDescriptor) -> None:
+    oneof = field.containing_oneof
+    if oneof is None:
+        return
+    before = target.WhichOneof(oneof.name)
+    if before is not None and before != field.name:
+        raise Wrong(f"excludes {before}: only one of {oneof.name} may be set")
+
+
+def text_decoder(field: FieldDescriptor) -> TextDecode:
+    """The decoder of a scalar field from text."""
+    if field.type == FieldDescriptor.TYPE_BOOL:
+        return decode_bool_text
+    decode = scalar_decoder(field)
+    if field.type != FieldDescriptor.TYPE_ENUM:
+        return decode
+
+    # An enum's number arrives as text; no name looks like a number.
+    def decode_enum(text: str) -> JsonValue:
+        return decode(int(text) if _NUMBER.fullmatch(text) else text)
+
+    return decode_enum
+
+
+def gather(pairs: Iterable[tuple[str, str]], message: Descriptor) -> list[tuple[Leaf, list[str]]]:
+    """Bring together what names the same field, under whichever spelling.
+
+    Raises:
+        Wrong: a parameter names no field that text can fill.
+    """
+    gathered: dict[str, tuple[Leaf, list[str]]] = {}
+    leaves: dict[str, Leaf] = {}
+    for name, text in pairs:
+        leaf = leaves.get(name)
+        if leaf is None:
+            leaf = leaves[name] = find_leaf(message, name)
+        gathered.setdefault(leaf.json_path, (leaf, []))[1].append(text)
+    return list(gathered.values())

@@ -1,0 +1,272 @@
+"""The route table: which method answers an HTTP method and path.
+
+Built once from the contracts into a tree of segments. Precedence is by how specific a
+path is, segment by segment from the left: literal, then "*", then "**", with a way
+back. Order of registration never matters; two routes that can not be told apart are
+refused when the table is built.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from urllib.parse import unquote_to_bytes
+
+from google.api import http_pb2  # type: ignore[import-untyped] # its wheel has no types
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from tenfold.options.v1.policy_pb2 import RawBinding
+
+from edge.contracts import ContractError, Contracts, MethodInfo
+from edge.fields import descriptor_of
+from edge.template import DOUBLE_STAR, STAR, Template, TemplateError
+from shared.errors import InvalidRequest
+
+# Longer targets are refused by the server with 414; here they simply match nothing.
+PATH_BYTES_MAX = 8192
+ANY_METHOD = "*"
+
+_DOT_SEGMENTS = (b".", b"..")
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """One HTTP binding of a method.
+
+    Attributes:
+        http_method: upper case; "*" answers every method.
+        template: the path.
+        method: what it calls.
+        body: the request field that the body fills; "*" for all that the path leaves, "" for
+            no body.
+        response_body: the answer field that is sent; "" for the whole message.
+        raw: set for a raw binding, whose variables are metadata and not request fields.
+    """
+
+    http_method: str
+    template: Template
+    method: MethodInfo
+    body: str = ""
+    response_body: str = ""
+    raw: RawBinding | None = None
+
+    def __str__(self) -> str:
+        """The binding and its method, for error texts."""
+        return f"{self.http_method} {self.template.text} ({self.method.full_name})"
+
+    @property
+    def takes_request_id(self) -> bool:
+        """Whether the request has the field that Idempotency-Key fills."""
+        return "request_id" in descriptor_of(self.method.input).fields_by_name
+
+
+@dataclass(frozen=True)
+class Match:
+    """A route, and what its path captured: field path in proto names -> decoded text."""
+
+    route: Route
+    captures: dict[str, str]
+
+
+@dataclass(frozen=True)
+class NoMatch:
+    """No route. With allowed methods it is 405 and they are its Allow header; else 404."""
+
+    allowed_methods: tuple[str, ...] = ()
+
+
+@dataclass
+class _Node:
+    """A place in the tree. Leaves are kept by verb, then by HTTP method."""
+
+    literals: dict[bytes, "_Node"] = field(default_factory=dict)
+    star: "_Node | None" = None
+    ends: dict[bytes, dict[str, Route]] = field(default_factory=dict)
+    rests: dict[bytes, dict[str, Route]] = field(default_factory=dict)  # by "**"
+
+
+class RouteTable:
+    """All routes of the contracts.
+
+    Args:
+        routes: what it answers; bindings are not checked against their messages here.
+
+    Raises:
+        ContractError: two routes match the same requests; both are named.
+    """
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._root = _Node()
+        self._verbs: set[bytes] = set()
+        self.routes = tuple(routes)
+        for route in self.routes:
+            self._insert(route)
+
+    @classmethod
+    def of_contracts(cls, contracts: Contracts | FileDescriptorSet) -> "RouteTable":
+        """Read every http rule and raw binding that REST may reach.
+
+        Raises:
+            ContractError: a template, a variable or a body does not fit its message, or two
+                routes conflict.
+        """
+        if isinstance(contracts, FileDescriptorSet):
+            contracts = Contracts(contracts)
+        reachable = (method for method in contracts.methods() if method.is_reachable)
+        return cls(route for method in reachable for route in _routes_of(method))
+
+    def match(self, http_method: str, raw_path: bytes | str) -> Match | NoMatch:
+        """Find the route of a request.
+
+        Args:
+            http_method: upper case.
+            raw_path: the undecoded target without its query.
+
+        Returns:
+            The most specific route. A path whose last segment ends in a verb that some route of
+            that path declares is always read with the verb.
+
+        Raises:
+            InvalidRequest: a captured part does not decode to UTF-8 text, or holds NUL.
+        """
+        path = raw_path.encode() if isinstance(raw_path, str) else raw_path
+        if len(path) > PATH_BYTES_MAX or not path.startswith(b"/"):
+            return NoMatch()
+        raw = path[1:].split(b"/")
+        decoded = [unquote_to_bytes(s) for s in raw] if b"%" in path else raw
+        # RFC 3986 6.2.2.3: a client removes dot segments before it sends; "%2e" is no disguise.
+        if any(segment in _DOT_SEGMENTS for segment in decoded):
+            return NoMatch()
+        last, colon, verb = raw[-1].rpartition(b":")
+        if colon and verb in self._verbs:
+            stem = [*decoded[:-1], unquote_to_bytes(last)]
+            found = self._look_up(http_method, [*raw[:-1], last], stem, verb)
+            if isinstance(found, Match) or found.allowed_methods:
+                return found
+        return self._look_up(http_method, raw, decoded, b"")
+
+    def _look_up(
+        self, http_method: str, raw: list[bytes], decoded: list[bytes], verb: bytes
+    ) -> Match | NoMatch:
+        allowed: list[str] = []
+        for by_method in _candidates(self._root, decoded, 0, verb):
+            route = by_method.get(http_method) or by_method.get(ANY_METHOD)
+            if route is not None:
+                return Match(route, _captures(route, raw))
+            allowed += by_method
+        return NoMatch(tuple(sorted(set(allowed))))
+
+    def _insert(self, route: Route) -> None:
+        node = self._root
+        template = route.template
+        for segment in template.segments:
+            if segment == DOUBLE_STAR:
+                break
+            if segment == STAR:
+                node.star = node.star or _Node()
+                node = node.star
+            else:
+                assert isinstance(segment, bytes)
+                node = node.literals.setdefault(segment, _Node())
+        is_open = template.segments[-1] == DOUBLE_STAR
+        by_method = (node.rests if is_open else node.ends).setdefault(template.verb, {})
+        if route.http_method in by_method:
+            first = by_method[route.http_method]
+            raise ContractError(f"these routes conflict: {first} and {route}")
+        by_method[route.http_method] = route
+        if template.verb:
+            self._verbs.add(template.verb)
+
+
+def _candidates(
+    node: _Node, segments: list[bytes], at: int, verb: bytes
+) -> Iterator[dict[str, Route]]:
+    """The leaves that match the path, most specific first; each node is visited at most once."""
+    if at == len(segments):
+        if verb in node.ends:
+            yield node.ends[verb]
+    else:
+        segment = segments[at]
+        literal = node.literals.get(segment)
+        if literal is not None:
+            yield from _candidates(literal, segments, at + 1, verb)
+        # "*" is a segment: an empty one ("//" or a slash at the end) is none.
+        if node.star is not None and segment:
+            yield from _candidates(node.star, segments, at + 1, verb)
+    # "**" matches zero or more segments.
+    if verb in node.rests and all(segments[at:]):
+        yield node.rests[verb]
+
+
+def _captures(route: Route, raw: list[bytes]) -> dict[str, str]:
+    captures = {}
+    for variable in route.template.variables:
+        try:
+            text = variable.capture(raw).decode()
+        except UnicodeDecodeError as error:
+            raise InvalidRequest.of_field(variable.field_path, "must be UTF-8 text") from error
+        if "\0" in text:
+            raise InvalidRequest.of_field(variable.field_path, "must not hold NUL")
+        captures[variable.field_path] = text
+    return captures
+
+
+def _routes_of(method: MethodInfo) -> Iterator[Route]:
+    for raw in method.policy.raw:
+        yield Route(raw.method.upper(), _template(raw.path, method), method, raw=raw)
+    if method.rule is None:
+        return
+    yield _route_of_rule(method.rule, method)
+    for extra in method.rule.additional_bindings:
+        if extra.additional_bindings:
+            raise ContractError(f"{method.full_name}: additional_bindings must not be nested")
+        yield _route_of_rule(extra, method)
+
+
+def _route_of_rule(rule: http_pb2.HttpRule, method: MethodInfo) -> Route:
+    pattern = rule.WhichOneof("pattern")
+    if pattern is None:
+        raise ContractError(f"{method.full_name}: the http rule names no path")
+    if pattern == "custom":
+        http_method, path = rule.custom.kind.upper(), rule.custom.path
+    else:
+        http_method, path = pattern.upper(), getattr(rule, pattern)
+    template = _template(path, method)
+    _check_variables(template, method)
+    _check_body("body", rule.body if rule.body != "*" else "", descriptor_of(method.input), method)
+    _check_body("response_body", rule.response_body, descriptor_of(method.output), method)
+    return Route(http_method, template, method, rule.body, rule.response_body)
+
+
+def _template(path: str, method: MethodInfo) -> Template:
+    try:
+        return Template.parse(path)
+    except TemplateError as error:
+        raise ContractError(f"{method.full_name}: {error}") from error
+
+
+def _check_body(option: str, name: str, message: Descriptor, method: MethodInfo) -> None:
+    if name and name not in message.fields_by_name:
+        what = f"{option} {name!r} is no field of {message.full_name}"
+        raise ContractError(f"{method.full_name}: {what}")
+
+
+def _check_variables(template: Template, method: MethodInfo) -> None:
+    for variable in template.variables:
+        problem = _variable_problem(variable.field_path, descriptor_of(method.input))
+        if problem:
+            raise ContractError(f"{method.full_name}: variable {variable.field_path!r} {problem}")
+
+
+def _variable_problem(field_path: str, message: Descriptor) -> str:
+    """Why a variable can not fill this field; "" if it can."""
+    descriptor: Descriptor | None = message
+    leaf: FieldDescriptor | None = None
+    for name in field_path.split("."):
+        if descriptor is None:
+            return "goes through a field that is no message"
+        leaf = descriptor.fields_by_name.get(name)
+        if leaf is None:
+            return f"is no field of {message.full_name}"
+        if leaf.is_repeated:
+            return "is or goes through a repeated field"
+        descriptor = leaf.message_type
+    return "" if descriptor is None else "is a message; only primitive fields fit a path"

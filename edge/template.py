@@ -1,0 +1,170 @@
+"""Path templates of google.api.http, by the grammar that http.proto writes down.
+
+    Template = "/" Segments [ Verb ] ;
+    Segments = Segment { "/" Segment } ;
+    Segment  = "*" | "**" | LITERAL | Variable ;
+    Variable = "{" FieldPath [ "=" Segments ] "}" ;
+    FieldPath = IDENT { "." IDENT } ;
+    Verb     = ":" LITERAL ;
+
+A template is kept flat: the segments to match, and which span of them each variable
+captures. Peers that also take "**" in the middle, an empty verb or nested variables
+differ from that text; here they are refused when the contract is loaded.
+"""
+
+import re
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+STAR = "*"
+DOUBLE_STAR = "**"
+
+_IDENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# What a literal may hold: RFC 3986 pchar without ":" (it starts the verb) and "*".
+_LITERAL = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()+,;=@]|%[0-9A-Fa-f]{2})+")
+_ESCAPED_SLASH = re.compile(rb"(%2[Ff])")
+
+
+class TemplateError(ValueError):
+    """The template breaks the grammar; the message says where."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What part of the path a field takes.
+
+    Attributes:
+        field_path: proto names joined by dots: "book.name".
+        start: the index of its first segment.
+        end: the index after its last segment; None if it ends with "**", at the end.
+        is_multi_segment: whether "%2F" stays encoded in what it captures (http.proto: every
+            variable but {var} and {var=*}).
+    """
+
+    field_path: str
+    start: int
+    end: int | None
+    is_multi_segment: bool
+
+    def capture(self, raw_segments: list[bytes]) -> bytes:
+        """The captured text, percent-decoded as http.proto says for this kind of variable."""
+        raw = b"/".join(raw_segments[self.start : self.end])
+        if b"%" not in raw:
+            return raw
+        if not self.is_multi_segment:
+            return unquote_to_bytes(raw)
+        pieces = _ESCAPED_SLASH.split(raw)
+        return b"".join(p if i % 2 else unquote_to_bytes(p) for i, p in enumerate(pieces))
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed path template.
+
+    Attributes:
+        text: as the contract writes it.
+        segments: "*", "**" (only last), or the decoded bytes of a literal.
+        variables: what is captured, in the order of the path.
+        verb: decoded, without its colon; b"" for none.
+    """
+
+    text: str
+    segments: tuple[str | bytes, ...]
+    variables: tuple[Variable, ...]
+    verb: bytes
+
+    @classmethod
+    def parse(cls, text: str) -> "Template":
+        """Parse a template.
+
+        Raises:
+            TemplateError: text breaks the grammar.
+        """
+        return _Parser(text).template()
+
+    def variable_pattern(self, variable: Variable) -> str:
+        """The segments of a variable as text: "accounts/*"."""
+        return "/".join(_segment_text(s) for s in self.segments[variable.start : variable.end])
+
+
+def _segment_text(segment: str | bytes) -> str:
+    return segment if isinstance(segment, str) else segment.decode()
+
+
+class _Parser:
+    """Recursive descent over the grammar above; `at` is the next character."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+        self.segments: list[str | bytes] = []
+        self.variables: list[Variable] = []
+
+    def template(self) -> Template:
+        self.expect("/")
+        self.parse_segments(inside_variable=False)
+        verb = self.literal() if self.take(":") else b""
+        if self.at < len(self.text):
+            raise self.error("nothing may follow here")
+        if DOUBLE_STAR in self.segments[:-1]:
+            raise self.error('"**" must be the last segment')
+        names = [variable.field_path for variable in self.variables]
+        if len(names) != len(set(names)):
+            raise self.error("a field is captured twice")
+        return Template(self.text, tuple(self.segments), tuple(self.variables), verb)
+
+    def parse_segments(self, *, inside_variable: bool) -> None:
+        self.parse_segment(inside_variable=inside_variable)
+        while self.take("/"):
+            self.parse_segment(inside_variable=inside_variable)
+
+    def parse_segment(self, *, inside_variable: bool) -> None:
+        if self.take("{"):
+            if inside_variable:
+                raise self.error("a variable must not contain another")
+            self.parse_variable()
+        elif self.take(DOUBLE_STAR):
+            self.segments.append(DOUBLE_STAR)
+        elif self.take(STAR):
+            self.segments.append(STAR)
+        else:
+            self.segments.append(self.literal())
+
+    def parse_variable(self) -> None:
+        names = [self.ident()]
+        while self.take("."):
+            names.append(self.ident())
+        start = len(self.segments)
+        if self.take("="):
+            self.parse_segments(inside_variable=True)
+        else:
+            self.segments.append(STAR)
+        self.expect("}")
+        own = self.segments[start:]
+        end = None if own[-1] == DOUBLE_STAR else len(self.segments)
+        multi = len(own) > 1 or own[0] == DOUBLE_STAR
+        self.variables.append(Variable(".".join(names), start, end, multi))
+
+    def ident(self) -> str:
+        return self.match(_IDENT, "a field name")
+
+    def literal(self) -> bytes:
+        return unquote_to_bytes(self.match(_LITERAL, "a literal"))
+
+    def match(self, pattern: re.Pattern[str], what: str) -> str:
+        found = pattern.match(self.text, self.at)
+        if found is None:
+            raise self.error(f"{what} is expected")
+        self.at = found.end()
+        return found.group()
+
+    def take(self, token: str) -> bool:
+        taken = self.text.startswith(token, self.at)
+        self.at += len(token) * taken
+        return taken
+
+    def expect(self, token: str) -> None:
+        if not self.take(token):
+            raise self.error(f'"{token}" is expected')
+
+    def error(self, what: str) -> TemplateError:
+        return TemplateError(f"path template {self.text!r}, at {self.at}: {what}")
