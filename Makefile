@@ -1,0 +1,58 @@
+# The commands of DESIGN: each makes the environment first, if it is missing or out of date.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+# What the environment is made of: when it changes, the stamp has another name.
+READY := $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
+BASELINE := tests/contracts/baseline.binpb
+IMAGE := proto/gen/tenfold/contracts.binpb
+STOPPER := --stop-with-parent $$PPID
+
+.PHONY: help up test check stubs demo chaos clean baseline
+
+help: ## say what can be made
+	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+up: $(READY) ## start the whole mesh here; Ctrl-C stops it
+	@exec $(BIN)/tenfold up $(STOPPER) $(ARGS)
+
+test: $(READY) ## run every test; no running service needed
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY) ## lint, types, import directions, contracts, stale stubs
+	@echo "ruff: lint" && $(BIN)/ruff check --quiet .
+	@echo "ruff: format" && $(BIN)/ruff format --check --quiet .
+	@echo "mypy: strict types" && $(BIN)/mypy --no-error-summary
+	@echo "import-linter: directions" && $(BIN)/lint-imports --no-logo 2>&1
+	@echo "proto/gen: fresh" && $(BIN)/python proto/generate.py --check
+	@echo "buf: contract lint" && $(BIN)/buf lint $(IMAGE) --config buf.yaml
+	@echo "buf: nothing breaks the last release" && \
+		$(BIN)/buf breaking $(IMAGE) --against $(BASELINE) --config buf.yaml
+	@echo "All checks passed."
+
+stubs: $(READY) ## regenerate proto/gen from the contracts
+	@$(BIN)/python proto/generate.py
+
+baseline: $(READY) ## at a release: later contracts must not break these
+	@cp $(IMAGE) $(BASELINE)
+
+demo: $(READY) ## against a running mesh: the story of one user, narrated
+	@exec $(BIN)/tenfold demo $(ARGS)
+
+bench-%: $(READY) ## a benchmark; its last line is one JSON object
+	@exec $(BIN)/python tests/bench/bench_$(subst -,_,$*).py $(ARGS)
+
+chaos: $(READY) ## the long fault runs; the last line is one JSON object
+	@exec $(BIN)/python tests/chaos/run.py $(ARGS)
+
+clean: ## remove the environment and every cache; data folders stay
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(READY):
+	@deploy/environment.sh $(VENV)
+	@rm -f $(VENV)/.ready-* && touch $@
