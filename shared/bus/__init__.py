@@ -1,0 +1,1 @@
+"""Events and jobs on NATS JetStream: outbox, durable consumers, work queues."""
