@@ -145,8 +145,8 @@ class Codecs:
         for field in descriptor.fields:
             if field.name not in setters:
                 setters[field.name] = setters[field.json_name]
-        second_names = {
-            field.name: field.json_name
+        second_names: dict[str, str] = {
+            field.name: field.json_name or field.name
             for field in descriptor.fields
             if field.name != field.json_name
         }
@@ -158,7 +158,7 @@ class Codecs:
                 setter = setters.get(key)
                 if setter is None:
                     raise Wrong("is no field of this message", key)
-                first_name = second_names.get(key, key)
+                first_name: str = second_names.get(key) or key
                 if first_name is not key and first_name in value:
                     raise Wrong(f"is given twice, as {key} too", first_name)
                 try:

@@ -6,7 +6,6 @@ own: the edge imports no generated module of a service.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 
 from google.api import (  # type: ignore[import-untyped] # its wheel has no types
     annotations_pb2,
@@ -23,6 +22,8 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from tenfold.options.v1 import policy_pb2
+
+from shared.rpc.policy import Access, MethodPolicy, contracts, load_policies
 
 # Field numbers of descriptor.proto, by which SourceCodeInfo names what it comments on.
 _FILE_MESSAGES, _FILE_ENUMS, _FILE_SERVICES = 4, 5, 6
@@ -44,7 +45,9 @@ class MethodInfo:
         output: the class of its answer message.
         client_streaming: whether requests are a stream.
         server_streaming: whether answers are a stream.
-        policy: what the contract allows; all defaults (nobody) if it says nothing.
+        policy: who may call, deadlines, idempotency: what the services obey as well.
+        options: the same options as written, with what only the edge needs: quota,
+            cache_max_age, raw bindings.
         rule: its google.api.http rule, or None.
     """
 
@@ -53,7 +56,8 @@ class MethodInfo:
     output: type[Message]
     client_streaming: bool
     server_streaming: bool
-    policy: policy_pb2.MethodPolicy
+    policy: MethodPolicy
+    options: policy_pb2.MethodPolicy
     rule: http_pb2.HttpRule | None
 
     @property
@@ -69,7 +73,7 @@ class MethodInfo:
     @property
     def is_reachable(self) -> bool:
         """Whether REST may reach it at all."""
-        return not self.policy.internal and self.policy.access != policy_pb2.ACCESS_SERVICE
+        return not self.options.internal and self.policy.access is not Access.SERVICE
 
 
 class Contracts:
@@ -101,19 +105,22 @@ class Contracts:
 
     def methods(self) -> Iterator[MethodInfo]:
         """Every method, in the order of the files."""
+        policies = load_policies(self.file_set)
         for file in self.file_set.file:
             for service in file.service:
                 prefix = f"{file.package}." if file.package else ""
                 for method in service.method:
                     options = method.options
+                    full_name = f"/{prefix}{service.name}/{method.name}"
                     has_rule = options.HasExtension(annotations_pb2.http)
                     yield MethodInfo(
-                        full_name=f"/{prefix}{service.name}/{method.name}",
+                        full_name=full_name,
                         input=self._message_class(method.input_type),
                         output=self._message_class(method.output_type),
                         client_streaming=method.client_streaming,
                         server_streaming=method.server_streaming,
-                        policy=options.Extensions[policy_pb2.method],
+                        policy=policies[full_name],
+                        options=options.Extensions[policy_pb2.method],
                         rule=options.Extensions[annotations_pb2.http] if has_rule else None,
                     )
 
@@ -162,7 +169,7 @@ class Contracts:
 
 def load_contracts() -> Contracts:
     """Tenfold's own contracts, from the image that `make stubs` writes."""
-    return Contracts.of_bytes((files("tenfold") / "contracts.binpb").read_bytes())
+    return Contracts(contracts())
 
 
 def _clean_comment(comment: str) -> str:

@@ -55,7 +55,7 @@ class Route:
     @property
     def takes_request_id(self) -> bool:
         """Whether the request has the field that Idempotency-Key fills."""
-        return "request_id" in descriptor_of(self.method.input).fields_by_name
+        return self.method.policy.has_request_id
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _captures(route: Route, raw: list[bytes]) -> dict[str, str]:
 
 
 def _routes_of(method: MethodInfo) -> Iterator[Route]:
-    for raw in method.policy.raw:
+    for raw in method.options.raw:
         yield Route(raw.method.upper(), _template(raw.path, method), method, raw=raw)
     if method.rule is None:
         return
