@@ -6,21 +6,32 @@ A point is declared once, at module level, and visited where the code passes it:
     ...
     BEFORE_COMMIT.visit()
 
-TENFOLD_CRASH_POINT="db.before_commit:3" sends SIGKILL to the process at its third visit.
-Without the setting a visit costs one comparison.
+TENFOLD_CRASH_POINT="db.before_commit:3" sends SIGKILL to the process at its third visit;
+several points are separated by commas. With TENFOLD_CRASH_JOURNAL naming a file, a point
+writes its name there before it kills and never kills again, so that a restarted process gets
+past it. Without the setting a visit costs one comparison.
 """
 
 import os
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 CRASH_POINT_VARIABLE = "TENFOLD_CRASH_POINT"
+CRASH_JOURNAL_VARIABLE = "TENFOLD_CRASH_JOURNAL"
 
 
-def _armed() -> tuple[str, int]:
-    name, _, nth = os.environ.get(CRASH_POINT_VARIABLE, "").partition(":")
-    return name, int(nth or 1)
+def _armed() -> dict[str, int]:
+    """Name -> visit that kills, of every armed point that has not killed yet."""
+    journal = os.environ.get(CRASH_JOURNAL_VARIABLE, "")
+    spent = Path(journal).read_text().split() if journal and Path(journal).exists() else []
+    armed = {}
+    for point in filter(None, os.environ.get(CRASH_POINT_VARIABLE, "").split(",")):
+        name, _, nth = point.partition(":")
+        if name not in spent:
+            armed[name] = int(nth or 1)
+    return armed
 
 
 @dataclass
@@ -37,7 +48,7 @@ class CrashPoint:
     visits: int = field(default=0, init=False)
 
     registry: ClassVar[dict[str, "CrashPoint"]] = {}
-    armed: ClassVar[tuple[str, int]] = _armed()
+    armed: ClassVar[dict[str, int]] = _armed()
 
     def __post_init__(self) -> None:
         if self.name in self.registry:
@@ -45,9 +56,17 @@ class CrashPoint:
         self.registry[self.name] = self
 
     def visit(self) -> None:
-        """Die here if this is the armed point and visit; otherwise go on."""
-        if self.armed[0] != self.name:
+        """Die here if this point is armed and this is the visit; otherwise go on."""
+        if not self.armed or self.name not in self.armed:
             return
         self.visits += 1
-        if self.visits == self.armed[1]:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.visits == self.armed[self.name]:
+            self._die()
+
+    def _die(self) -> None:
+        if journal := os.environ.get(CRASH_JOURNAL_VARIABLE, ""):
+            with Path(journal).open("a") as file:
+                file.write(f"{self.name}\n")
+                file.flush()
+                os.fsync(file.fileno())
+        os.kill(os.getpid(), signal.SIGKILL)
