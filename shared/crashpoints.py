@@ -51,6 +51,7 @@ class CrashPoint:
     armed: ClassVar[dict[str, int]] = _armed()
 
     def __post_init__(self) -> None:
+        """Refuse a second point of this name."""
         if self.name in self.registry:
             raise ValueError(f"crash point {self.name} is declared twice")
         self.registry[self.name] = self
