@@ -58,7 +58,7 @@ class Story:
     """
 
     def __init__(self, rest: Rest, *, admin_key: str, mail_folder: Path, video_s: int = 20) -> None:
-        self._rest = rest
+        self.rest = rest
         self._admin_key = admin_key
         self._mail_folder = mail_folder
         self._video_s = video_s
@@ -68,7 +68,7 @@ class Story:
         self.bob = Person("Bob", f"bob-{run}@example.com", secrets.token_urlsafe(16))
         self._cash = ""
         self._recorded_time = ""
-        self._video = ""
+        self.video = ""
         self._notice: list[Any] = []
         self._notice_arrived = threading.Event()
 
@@ -91,14 +91,14 @@ class Story:
         """Two users exist afterwards, however often this is asked."""
         for person in (self.ada, self.bob):
             body = {"email": person.email, "password": person.password, "displayName": person.name}
-            self._rest.call("POST", "/v1/users:signUp", body, key=f"sign-up-{person.email}")
+            self.rest.call("POST", "/v1/users:signUp", body, key=f"sign-up-{person.email}")
         return "two users"
 
     def log_in(self) -> str:
         """Each user gets tokens."""
         for person in (self.ada, self.bob):
             body = {"email": person.email, "password": person.password}
-            answer = self._rest.call("POST", "/v1/sessions", body).json
+            answer = self.rest.call("POST", "/v1/sessions", body).json
             person.token = answer["tokens"]["accessToken"]
             person.user = answer["session"]["user"]
         return "signed tokens, valid in every service"
@@ -107,7 +107,7 @@ class Story:
         """Each user has an account; the operator has a cash account."""
         self._cash = self._cash_account()
         for person in (self.ada, self.bob):
-            answer = self._rest.call(
+            answer = self.rest.call(
                 "POST",
                 "/v1/accounts",
                 {"currencyCode": CURRENCY, "displayName": f"{person.name}'s account"},
@@ -122,7 +122,7 @@ class Story:
         body["mayOverdraw"] = True  # type: ignore[assignment] # JSON values are of any type
         # One key for every run: the story shares one cash account.
         return str(
-            self._rest.call(
+            self.rest.call(
                 "POST", "/v1/accounts", body, token=self._admin_key, key="demo-cash-account"
             ).json["name"]
         )
@@ -138,7 +138,7 @@ class Story:
             ],
         }
         for _ in range(2):  # the second shows that a retry has no second effect
-            answer = self._rest.call(
+            answer = self.rest.call(
                 "POST",
                 "/v1/transactions",
                 body,
@@ -153,11 +153,11 @@ class Story:
         """25.00 EUR go from Ada to Bob; more than she has is refused."""
         path = f"/v1/{self.ada.account}:transferFunds"
         body = {"toAccount": self.bob.account, "amount": money(2_500), "description": "Lunch"}
-        answer = self._rest.call(
+        answer = self.rest.call(
             "POST", path, body, token=self.ada.token, key=f"transfer-{self._run}"
         )
         self._recorded_time = answer.json["recordedTime"]
-        self._rest.call(
+        self.rest.call(
             "POST",
             path,
             {**body, "amount": money(1_000_000)},
@@ -170,7 +170,7 @@ class Story:
         return "25.00 EUR; 10,000.00 EUR refused"
 
     def _expect_balance(self, person: Person, minor_units: int) -> None:
-        answer = self._rest.call("GET", f"/v1/{person.account}/balance", token=person.token)
+        answer = self.rest.call("GET", f"/v1/{person.account}/balance", token=person.token)
         found = int(answer.json["availableMinorUnits"])
         if found != minor_units:
             raise StoryError(f"{person.name} has {found} minor units, not {minor_units}")
@@ -181,7 +181,7 @@ class Story:
         film = make_film(self._video_s)
         name = base64.b64encode(b"holiday.mp4").decode()
         kind = base64.b64encode(b"video/mp4").decode()
-        created = self._rest.call(
+        created = self.rest.call(
             "POST",
             "/v1/files",
             token=self.ada.token,
@@ -202,7 +202,7 @@ class Story:
 
     def _send_and_cut(self, path: str, film: bytes, cut_at: int) -> None:
         """Announce everything, send half, and drop the connection."""
-        connection = self._rest.connect()
+        connection = self.rest.connect()
         try:
             connection.putrequest("PATCH", path)
             for header, value in self._patch_headers(0, len(film)).items():
@@ -211,7 +211,7 @@ class Story:
             for start in range(0, cut_at, UPLOAD_CHUNK_BYTES):
                 connection.send(film[start : min(start + UPLOAD_CHUNK_BYTES, cut_at)])
         except OSError:
-            if not self._rest.patience_s:
+            if not self.rest.patience_s:
                 raise
         finally:
             connection.close()
@@ -227,9 +227,9 @@ class Story:
 
     def _resume(self, path: str, film: bytes) -> str:
         """Ask how much is safe and send the rest, until every byte is there."""
-        give_up = time.monotonic() + max(self._rest.patience_s, EVENT_WAIT_S)
+        give_up = time.monotonic() + max(self.rest.patience_s, EVENT_WAIT_S)
         while time.monotonic() < give_up:
-            head = self._rest.call(
+            head = self.rest.call(
                 "HEAD", path, token=self.ada.token, headers={"Tus-Resumable": "1.0.0"}
             )
             offset = int(head.headers["upload-offset"])
@@ -242,7 +242,7 @@ class Story:
         raise StoryError("the upload did not end in time")
 
     def _patch(self, path: str, film: bytes, offset: int) -> Answer | None:
-        connection = self._rest.connect()
+        connection = self.rest.connect()
         try:
             headers = self._patch_headers(offset, len(film))
             connection.request("PATCH", path, film[offset:], headers)
@@ -256,8 +256,8 @@ class Story:
 
     def _uploaded(self, path: str) -> str:
         upload = path.rsplit("/", 1)[1]
-        answer = self._rest.call("GET", f"/v1/uploads/{upload}", token=self.ada.token).json
-        self._video = answer["video"]
+        answer = self.rest.call("GET", f"/v1/uploads/{upload}", token=self.ada.token).json
+        self.video = answer["video"]
         return str(answer["message"])
 
     def _listen(self) -> None:
@@ -265,7 +265,7 @@ class Story:
         ready = threading.Event()
 
         def listen() -> None:
-            for event in self._rest.events("/v1/inbox:watch", token=self.ada.token, ready=ready):
+            for event in self.rest.events("/v1/inbox:watch", token=self.ada.token, ready=ready):
                 item = event.get("item") or {}
                 if item.get("category") == "video.ready":
                     self._notice.append(item)
@@ -279,11 +279,11 @@ class Story:
     def watch(self) -> str:
         """Progress arrives live until the video is READY."""
         seen: list[int] = []
-        for event in self._rest.events(f"/v1/{self._video}:watch", token=self.ada.token):
+        for event in self.rest.events(f"/v1/{self.video}:watch", token=self.ada.token):
             video = event.get("video") or {}
             state, percent = video.get("state", ""), int(video.get("progressPercent", 0))
             if not seen or percent != seen[-1]:
-                self._rest.narrator.answer(200, f"{state} {percent} %")
+                self.rest.narrator.answer(200, f"{state} {percent} %")
                 seen.append(percent)
             if state == "STATE_FAILED":
                 raise StoryError(f"the video failed: {video.get('failure')}")
@@ -304,8 +304,8 @@ class Story:
         return f"{len(variants)} renditions, {sum(frames)} frames decoded"
 
     def _download(self, name: str, folder: Path) -> list[str]:
-        path = f"/v1/{self._video}/files/{name}"
-        answer = self._rest.call("GET", path, token=self.ada.token, quiet=not name.endswith("m3u8"))
+        path = f"/v1/{self.video}/files/{name}"
+        answer = self.rest.call("GET", path, token=self.ada.token, quiet=not name.endswith("m3u8"))
         (folder / name).write_bytes(answer.body)
         named = []
         if name.endswith(".m3u8"):
@@ -321,9 +321,9 @@ class Story:
         if not self._notice_arrived.wait(EVENT_WAIT_S):
             raise StoryError("no notice arrived on the inbox's stream")
         title = self._notice[0]["title"]
-        self._rest.narrator.answer(200, f"notice: {title}")
+        self.rest.narrator.answer(200, f"notice: {title}")
         mail = self._await_mail()
-        self._rest.narrator.answer(200, f"e-mail: {mail}")
+        self.rest.narrator.answer(200, f"e-mail: {mail}")
         return f"“{title}”, twice: inbox and e-mail"
 
     def _await_mail(self) -> str:
@@ -332,10 +332,10 @@ class Story:
         while time.monotonic() < give_up:
             for path in sorted(self._mail_folder.glob("*.eml")):
                 content = path.read_bytes()
-                if address in content and self._video.encode() in content:
+                if address in content and self.video.encode() in content:
                     return path.name
             time.sleep(RETRY_PAUSE_S)
-        raise StoryError(f"no e-mail about {self._video} arrived in {self._mail_folder}")
+        raise StoryError(f"no e-mail about {self.video} arrived in {self._mail_folder}")
 
     def report(self) -> str:
         """The operator's report of the day and the ledger's own trial balance agree."""
@@ -345,16 +345,14 @@ class Story:
         attempt = 0
         while True:
             attempt += 1
-            run = self._rest.call(
+            run = self.rest.call(
                 "POST",
                 "/v1/reportRuns",
                 body,
                 token=self._admin_key,
                 key=f"report-{self._run}-{attempt}",
             ).json
-            trial = self._rest.call(
-                "GET", f"/v1/trialBalance?day={day}", token=self._admin_key
-            ).json
+            trial = self.rest.call("GET", f"/v1/trialBalance?day={day}", token=self._admin_key).json
             reported, booked = reported_totals(run), booked_totals(trial)
             if reported == booked:
                 debits = booked[CURRENCY][0] / 100
