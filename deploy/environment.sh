@@ -48,8 +48,14 @@ if ! "$folder/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 
         fail "'$python -m venv' failed: on Debian and Ubuntu, 'apt install python3-venv' brings it."
 fi
 
-pip=("$folder/bin/python" -m pip --disable-pip-version-check --no-input)
+# Unbuffered, or the progress would come all at the end. A warning of pip's would be about the
+# reader's own set-up; what goes wrong is an ERROR line.
+quietly() {
+    PYTHONUNBUFFERED=1 "$folder/bin/python" -m pip --disable-pip-version-check --no-input "$@" \
+        2> >(grep -v '^WARNING' >&2)
+}
+
 total="$(grep -c '^[a-z].*==' requirements.lock)"
-echo "Installing what requirements.lock names ($total packages; the first time takes a minute)"
-"${pip[@]}" install --progress-bar off --require-hashes -r requirements.lock | show_progress "$total"
-"${pip[@]}" install --quiet --no-deps --no-build-isolation -e .
+echo "Installing the $total packages of requirements.lock; the first time takes about a minute"
+quietly install --progress-bar off --require-hashes -r requirements.lock | show_progress "$total"
+quietly install --quiet --no-deps --no-build-isolation -e .
