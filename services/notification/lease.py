@@ -1,0 +1,99 @@
+"""Who sends a shard's mail: one process at a time, and a successor soon after a crash.
+
+A lease keeps two senders out of each other's way; it is not what makes sending safe.
+A holder that was frozen past its end still meets the version of each row it touches.
+"""
+
+import asyncio
+from collections.abc import Awaitable
+from contextlib import suppress
+from uuid import UUID, uuid4
+
+import structlog
+
+from shared.clock import Clock, to_us
+from shared.db.port import Shard
+from shared.errors import TenfoldError
+
+LEASE_NAME = "mail"
+LEASE_S = 6.0
+RENEW_S = LEASE_S / 3
+RELEASE_S = 1.0
+
+TAKE_LEASE = """
+INSERT INTO tenfold_lease (name, holder, token, expires_at_us) VALUES ($1, $2, 1, $3)
+ON CONFLICT (name) DO UPDATE
+SET holder = excluded.holder, token = tenfold_lease.token + 1,
+    expires_at_us = excluded.expires_at_us
+WHERE tenfold_lease.holder = excluded.holder OR tenfold_lease.expires_at_us < $4
+"""
+RELEASE_LEASE = "UPDATE tenfold_lease SET expires_at_us = 0 WHERE name = $1 AND holder = $2"
+
+_log = structlog.get_logger(__name__)
+
+
+class ShardLease:
+    """One shard's lease, as this process sees it.
+
+    Attributes:
+        holder: this process's name for itself; what it claims carries it.
+        tenure: grows whenever the lease is gained; 0 before the first time.
+    """
+
+    def __init__(self, shard: Shard, *, clock: Clock) -> None:
+        self.holder: UUID = uuid4()
+        self.tenure = 0
+        self._shard = shard
+        self._clock = clock
+        self._held_until_s = float("-inf")
+        self._gained = asyncio.Event()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether nobody else may be sending."""
+        return self._clock.monotonic_s() < self._held_until_s
+
+    async def wait_held(self) -> int:
+        """The tenure, once the lease is held."""
+        while not self.is_held:
+            self._gained.clear()
+            await self._gained.wait()
+        return self.tenure
+
+    async def run(self) -> None:
+        """Take the lease whenever it is free, renew it, and give it back when cancelled."""
+        try:
+            while True:
+                try:
+                    await self.take()
+                except TenfoldError as error:
+                    _log.warning("mail.lease", shard=self._shard.index, error=str(error))
+                await asyncio.sleep(RENEW_S)
+        finally:
+            await _at_the_end(self.release())
+
+    async def take(self) -> bool:
+        """Take or renew the lease; False if somebody else has it."""
+        # Counted from before the write, so our end comes before the one others read.
+        until_s = self._clock.monotonic_s() + LEASE_S
+        now_us = to_us(self._clock.now())
+        until_us = now_us + int(LEASE_S * 1e6)
+        async with self._shard.transaction() as tx:
+            is_ours = await tx.execute(TAKE_LEASE, LEASE_NAME, str(self.holder), until_us, now_us)
+        if is_ours:
+            self.tenure += not self.is_held
+            self._held_until_s = until_s
+            self._gained.set()
+        return bool(is_ours)
+
+    async def release(self) -> None:
+        """Let a successor start at once."""
+        self._held_until_s = float("-inf")
+        async with self._shard.transaction() as tx:
+            await tx.execute(RELEASE_LEASE, LEASE_NAME, str(self.holder))
+
+
+async def _at_the_end(work: Awaitable[None]) -> None:
+    with suppress(TenfoldError, TimeoutError):
+        async with asyncio.timeout(RELEASE_S):
+            await work
