@@ -7,7 +7,13 @@ business rows, the idempotency row and outbox rows commit together.
 SQL is written once, in the subset both engines speak: $1 parameters, types
 uuid, text, bigint, smallint, bytea and boolean, moments as bigint microseconds
 (shared.clock.to_us), RETURNING, ON CONFLICT. A trailing FOR UPDATE is honoured
-by Postgres; SQLite's writer is alone anyway.
+by Postgres; SQLite's writer is alone anyway. RETURNING gives a row as the statement wrote it,
+before triggers: what a trigger computes (version, a balance) is read by a SELECT. A uuid
+comes back as UUID from any result column that is, or is named like, a uuid column of the
+schema; an aggregate under another name gives bytes on SQLite.
+
+Every statement on a service's own table filters by tenant; one that must not says
+/* any tenant: why */, or it is refused with a ValueError.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -44,7 +50,8 @@ class Once:
     def scope(self) -> str:
         """What the key is unique within."""
         principal = self.principal
-        return f"{principal.tenant}\0{principal.kind}\0{principal.subject}\0{self.method}"
+        parts = (principal.tenant, str(principal.kind), principal.subject, self.method)
+        return "\x1f".join(parts)  # a separator that no part may hold; Postgres refuses \0
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,8 @@ class Transaction(Protocol):
         """The number of rows that were changed.
 
         Raises:
-            UniqueViolation, ConstraintViolation: shared.db.errors, naming the constraint.
+            UniqueViolation, ConstraintViolation: shared.db.errors, naming the constraint;
+                the transaction is over then, and further statements in it are a ValueError.
         """
         ...
 
@@ -161,12 +169,40 @@ class Bucket(Reader, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Covered:
+    """What one shard answered, and for which buckets it spoke.
+
+    Attributes:
+        rows: in the statement's order.
+        epochs: the epoch of each bucket that the shard owned when it read the rows.
+    """
+
+    rows: Sequence[Row]
+    epochs: Mapping[int, int]
+
+
 class Shard(Reader, Protocol):
     """One database of one service."""
 
     @property
     def index(self) -> int:
         """0 to shard_count - 1."""
+        ...
+
+    def transaction(self) -> AbstractAsyncContextManager[Transaction]:
+        """Open a write transaction admitted to every bucket that this shard owns.
+
+        For what serves the shard as a whole: relays, sweepers, leases. Its `bucket` is -1
+        and it has no request id; append_outbox in it is a ValueError.
+        """
+        ...
+
+    async def fetch_covered(self, sql: str, *arguments: object) -> Covered:
+        """Rows, and the buckets that this shard owned in the same snapshot.
+
+        The statement filters its rows by tenfold_owned(<table>.bucket).
+        """
         ...
 
 
@@ -183,4 +219,11 @@ class Shards(Protocol):
 
     def all(self) -> Sequence[Shard]:
         """Every shard, for scatter reads and relays."""
+        ...
+
+    async def wait_for_outbox(self, timeout_s: float) -> bool:
+        """Wait for a commit with outbox rows in it; False if none came in time.
+
+        Commits of other processes on the same database are not seen: relays also poll.
+        """
         ...

@@ -1,0 +1,254 @@
+"""Applies numbered SQL files, each once, forward only; then guards the tables they made.
+
+A file is `0001_what.sql` for both engines, or `0001_what.sqlite.sql` and
+`0001_what.postgres.sql` where triggers differ. What has been applied is remembered with
+its SHA-256: a file that was changed or removed later is refused, and so is a data folder
+that a newer version wrote.
+
+Two kinds of triggers are generated for every table, so that no hand-written SQL can
+forget them: a table with a `bucket` takes writes only while the shard may write that
+bucket, and the `version` of a row grows by one with each update.
+"""
+
+import hashlib
+import re
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.db.errors import DatabaseDamaged, MigrationRefused
+from shared.db.sql import WRITABLE_STATES, to_sqlite
+
+FRAMEWORK_MIGRATIONS = Path(__file__).parent / "migrations"
+_FILE_NAME = re.compile(r"(?P<number>\d{4})_(?P<what>[a-z0-9_]+)(?:\.(?P<engine>sqlite|postgres))?")
+_UNGUARDED_PREFIX = "tenfold_"
+_CREATE_MIGRATION_TABLE = """
+CREATE TABLE IF NOT EXISTS tenfold_migration (
+    area text NOT NULL, number bigint NOT NULL, name text NOT NULL, sha256 text NOT NULL,
+    PRIMARY KEY (area, number))
+"""
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One file.
+
+    Attributes:
+        area: "framework", or the service's name.
+        number: 1 and up, without a gap.
+        name: the file's name without its extension.
+        sha256: of the file's bytes, as hex.
+        text: its SQL.
+    """
+
+    area: str
+    number: int
+    name: str
+    sha256: str
+    text: str
+
+
+def load_migrations(folder: Path, *, area: str, engine: str = "sqlite") -> list[Migration]:
+    """The files of one folder for one engine, by number.
+
+    Raises:
+        MigrationRefused: a name is malformed, a number is missing or taken twice.
+    """
+    found: list[Migration] = []
+    for path in sorted(folder.glob("*.sql")):
+        match = _FILE_NAME.fullmatch(path.stem)
+        if match is None:
+            raise MigrationRefused(f"{path} is not named like 0001_what.sql")
+        if match["engine"] not in {None, engine}:
+            continue
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        found.append(Migration(area, int(match["number"]), path.stem, digest, content.decode()))
+    for expected, migration in enumerate(found, start=1):
+        if migration.number != expected:
+            raise MigrationRefused(
+                f"{folder} has {migration.name} where number {expected:04} belongs"
+            )
+    return found
+
+
+def migrate_sqlite(path: Path, migrations: Sequence[Migration]) -> None:
+    """Bring one file to the newest schema, creating it if there is none.
+
+    Blocking: call it in a thread. Killed at any point it leaves whole migrations only.
+
+    Args:
+        path: the database file.
+        migrations: of every area, in the order in which to apply them.
+
+    Raises:
+        DatabaseDamaged: the file is not sound; nothing has been changed.
+        MigrationRefused: it does not fit these migrations; nothing has been changed.
+    """
+    connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+    try:
+        _refuse_damage(connection, path)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(_CREATE_MIGRATION_TABLE)
+        _refuse_misfit(connection, path, migrations)
+        for migration in migrations:
+            _apply(connection, migration)
+        _refresh_triggers(connection)
+    except sqlite3.DatabaseError as error:
+        # Locked is a wait that has ended; the rest of this family at open means damage.
+        if isinstance(error, sqlite3.OperationalError | sqlite3.IntegrityError):
+            raise
+        raise DatabaseDamaged(_damage_sentence(path, str(error))) from error
+    finally:
+        connection.close()
+
+
+def _damage_sentence(path: Path, finding: str) -> str:
+    return (
+        f"{path} is damaged ({finding}); it was left as it is. Restore it from a backup, or "
+        f"save what can be read with: sqlite3 {path.name} .recover"
+    )
+
+
+def _refuse_damage(connection: sqlite3.Connection, path: Path) -> None:
+    findings = connection.execute("PRAGMA quick_check(1)").fetchall()
+    if findings != [("ok",)]:
+        raise DatabaseDamaged(_damage_sentence(path, str(findings[0][0])))
+
+
+def _refuse_misfit(
+    connection: sqlite3.Connection, path: Path, migrations: Sequence[Migration]
+) -> None:
+    known = {(migration.area, migration.number): migration for migration in migrations}
+    newest = {migration.area: migration.number for migration in migrations}
+    applied = connection.execute(
+        "SELECT area, number, name, sha256 FROM tenfold_migration ORDER BY area, number"
+    )
+    for area, number, name, sha256 in applied.fetchall():
+        migration = known.get((area, number))
+        if migration is None and number > newest.get(area, 0):
+            raise MigrationRefused(
+                f"{path} was written by a newer version (migration {name} of {area} is unknown "
+                "here): start that version or a later one"
+            )
+        if migration is None:
+            raise MigrationRefused(f"{path} has migration {name} of {area}, whose file is missing")
+        if migration.sha256 != sha256:
+            raise MigrationRefused(
+                f"migration {migration.name} of {area} was changed after {path} applied it: "
+                "put it back and write a new one"
+            )
+
+
+def _apply(connection: sqlite3.Connection, migration: Migration) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        # Asked inside the transaction: another process may have applied it meanwhile.
+        known = "SELECT 1 FROM tenfold_migration WHERE area = ? AND number = ?"
+        if connection.execute(known, (migration.area, migration.number)).fetchone() is None:
+            for statement in statements_of(to_sqlite(migration.text)):
+                connection.execute(statement)
+            connection.execute(
+                "INSERT INTO tenfold_migration (area, number, name, sha256) VALUES (?, ?, ?, ?)",
+                (migration.area, migration.number, migration.name, migration.sha256),
+            )
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def statements_of(script: str) -> Iterator[str]:
+    """The statements of a script; a trigger's body, semicolons and all, is one."""
+    statement = ""
+    for piece in re.split(r"(?<=;)", script):
+        statement += piece
+        if statement.strip() and sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+    if statement.strip() and not _is_comment(statement):
+        raise MigrationRefused(f"a statement has no end: {statement.strip()[:60]!r}")
+
+
+def _is_comment(text: str) -> bool:
+    return all(not line.strip() or line.strip().startswith("--") for line in text.splitlines())
+
+
+# Generated triggers ---------------------------------------------------------------------
+
+
+def _refresh_triggers(connection: sqlite3.Connection) -> None:
+    wanted = dict(_triggers(connection))
+    connection.execute("BEGIN IMMEDIATE")
+    present = dict(
+        connection.execute(
+            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'tenfold~_%' "
+            "ESCAPE '~'"
+        ).fetchall()
+    )
+    for name in present:
+        if present[name] != wanted.get(name):
+            connection.execute(f'DROP TRIGGER "{name}"')
+    for name, sql in wanted.items():
+        if present.get(name) != sql:
+            connection.execute(sql)
+    connection.execute("COMMIT")
+
+
+def _triggers(connection: sqlite3.Connection) -> Iterator[tuple[str, str]]:
+    tables = connection.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' "
+        "ESCAPE '~' ORDER BY name"
+    )
+    for (table,) in tables.fetchall():
+        if table.startswith(_UNGUARDED_PREFIX):
+            continue
+        columns = connection.execute(f"PRAGMA table_info({table})").fetchall()
+        names = {column[1] for column in columns}
+        if "bucket" in names:
+            yield from _guard_triggers(table)
+        if "version" in names:
+            key = [column[1] for column in columns if column[5] > 0]
+            yield from _version_triggers(table, key)
+
+
+def _guard_triggers(table: str) -> Iterator[tuple[str, str]]:
+    for operation, rows in (("INSERT", ("NEW",)), ("UPDATE", ("NEW", "OLD")), ("DELETE", ("OLD",))):
+        # Without the coalesce an unknown bucket would pass: NULL NOT IN (...) is NULL.
+        refused = " OR ".join(
+            f"coalesce((SELECT state FROM tenfold_bucket WHERE bucket = {row}.bucket), 'ABSENT') "  # noqa: S608
+            f"NOT IN {WRITABLE_STATES}"
+            for row in rows
+        )
+        name = f"tenfold_guard_{table}_{operation.lower()}"
+        yield (
+            name,
+            (
+                f"CREATE TRIGGER {name} BEFORE {operation} ON {table} WHEN {refused} "
+                "BEGIN SELECT RAISE(ABORT, 'bucket_not_admitted'); END"
+            ),
+        )
+
+
+def _version_triggers(table: str, key: Sequence[str]) -> Iterator[tuple[str, str]]:
+    same_row = " AND ".join(f"{column} = NEW.{column}" for column in key)
+    name = f"tenfold_version_{table}_grows"
+    yield (
+        name,
+        (
+            f"CREATE TRIGGER {name} BEFORE UPDATE ON {table} "
+            "WHEN NEW.version IS NOT OLD.version AND NEW.version IS NOT OLD.version + 1 "
+            "BEGIN SELECT RAISE(ABORT, 'version_only_grows_by_one'); END"
+        ),
+    )
+    # SQLite cannot change NEW before the write, hence a second write after it.
+    name = f"tenfold_version_{table}_next"
+    yield (
+        name,
+        (
+            f"CREATE TRIGGER {name} AFTER UPDATE ON {table} WHEN NEW.version = OLD.version "
+            f"BEGIN UPDATE {table} SET version = OLD.version + 1 WHERE {same_row}; END"
+        ),
+    )

@@ -1,0 +1,429 @@
+"""Shards as SQLite files: the embedded engine behind shared/db/port.py.
+
+Each shard is one file in WAL mode with one writer (shared/db/sqlite_writer.py) and a few
+readers that are opened when first needed. `control.sqlite` remembers how many shards there
+are and which buckets each was given when it was made; who owns a bucket now is in each
+shard's `tenfold_bucket`.
+
+Money is opened with synchronous FULL. NORMAL survives a killed process; a power cut may
+take the last commits.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID
+
+import orjson
+
+from shared import deadline
+from shared.clock import Clock, to_us
+from shared.crashpoints import CrashPoint
+from shared.db import once as once_rules
+from shared.db import sqlite_files
+from shared.db.ids import BUCKET_COUNT, bucket_of, new_id
+from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction
+from shared.db.shards import BucketMap
+from shared.db.sql import OWNED_STATES, WRITABLE_STATES
+from shared.db.sqlite_connection import (
+    RETRY_AFTER_S,
+    Connection,
+    Schema,
+    Synchronous,
+    open_connection,
+)
+from shared.db.sqlite_writer import Turn, Writer
+from shared.errors import DeadlineExceeded, FailedPrecondition, Overloaded, Unavailable
+
+READERS_MAX = 4
+READS_WAITING_MAX = 1024
+READ_S_MAX = 10.0
+EVERY_BUCKET = -1
+
+CLAIMED_NOT_EFFECTED = CrashPoint(
+    "db.claimed_not_effected", "the key is claimed in its home bucket, its effect has not begun"
+)
+
+_NEXT_EVENT_NO = """
+INSERT INTO event_counter (bucket, aggregate, event_no) VALUES ($1, $2, 1)
+ON CONFLICT (bucket, aggregate) DO UPDATE SET event_no = event_counter.event_no + 1
+RETURNING event_no
+"""
+_INSERT_OUTBOX = """
+INSERT INTO outbox (bucket, event_id, aggregate, event_no, subject, headers, payload,
+                    tenant, created_at_us)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+"""
+_OWNED = f"SELECT bucket, epoch FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
+_WRITABLE = f"SELECT bucket FROM tenfold_bucket WHERE state IN {WRITABLE_STATES}"  # noqa: S608
+_GUARD = """
+CREATE TEMP TRIGGER admitted_{table}_{operation} BEFORE {operation} ON main.{table}
+WHEN NOT tenfold_is_admitted({row}.bucket)
+BEGIN SELECT RAISE(ABORT, 'bucket_not_admitted: {table}'); END
+"""
+
+
+def subject_of(row: OutboxRow, *, service: str, bucket: int) -> str:
+    """Where an outbox row is published: evt.<service>.<Type>.<bucket>, or wrk. for a job."""
+    target = bucket if row.bucket is None else row.bucket
+    if row.queue:
+        return f"wrk.{service}.{row.queue}.{target}"
+    return f"evt.{service}.{row.type.rpartition('.')[2]}.{target}"
+
+
+def _only(rows: Sequence[Row]) -> Row | None:
+    if len(rows) > 1:
+        raise ValueError(f"{len(rows)} rows where at most one was expected")
+    return rows[0] if rows else None
+
+
+class SqliteTransaction:
+    """See Transaction."""
+
+    def __init__(self, turn: Turn, bucket: int, shard: "SqliteShard") -> None:
+        self._turn = turn
+        self._bucket = bucket
+        self._shard = shard
+        self.memory: once_rules.Memory | None = None
+
+    @property
+    def bucket(self) -> int:
+        """See Transaction.bucket."""
+        return self._bucket
+
+    @property
+    def answered(self) -> bool:
+        """See Transaction.answered."""
+        return self.memory is not None and self.memory.answered
+
+    @property
+    def answer(self) -> bytes:
+        """See Transaction.answer."""
+        return self.memory.answer if self.memory is not None else b""
+
+    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
+        """See Transaction.fetch_one."""
+        return _only(await self._turn.fetch(sql, arguments))
+
+    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See Transaction.fetch_all."""
+        return await self._turn.fetch(sql, arguments)
+
+    async def execute(self, sql: str, *arguments: object) -> int:
+        """See Transaction.execute."""
+        return await self._turn.execute(sql, arguments)
+
+    async def append_outbox(self, row: OutboxRow) -> None:
+        """See Transaction.append_outbox."""
+        if self._bucket == EVERY_BUCKET:
+            raise ValueError("an outbox row belongs to one bucket")
+        counted = await self.fetch_one(_NEXT_EVENT_NO, self._bucket, row.aggregate)
+        assert counted is not None
+        await self.execute(
+            _INSERT_OUTBOX,
+            *(self._bucket, new_id(self._bucket), row.aggregate, counted["event_no"]),
+            subject_of(row, service=self._shard.service, bucket=self._bucket),
+            orjson.dumps({"tenfold-type": row.type, **row.headers}).decode(),
+            *(row.payload, row.tenant, self._shard.now_us()),
+        )
+        self._turn.has_outbox = True
+
+    async def answer_with(self, payload: bytes) -> None:
+        """See Transaction.answer_with."""
+        if self.memory is not None:
+            self.memory.answer = payload
+
+
+@dataclass
+class SqliteShard:
+    """See Shard. One file: its writer and its readers."""
+
+    index: int
+    path: Path
+    service: str
+    schema: Schema
+    clock: Clock
+    writer: Writer
+    readers: list[Connection] = field(default_factory=list)
+    idle: list[Connection] = field(default_factory=list)
+    free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(READERS_MAX))
+    reads_waiting: int = 0
+
+    def now_us(self) -> int:
+        """The current moment, as tables store it."""
+        return to_us(self.clock.now())
+
+    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
+        """See Reader.fetch_one."""
+        return _only(await self.fetch_all(sql, *arguments))
+
+    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See Reader.fetch_all."""
+        async with self.reading() as reader:
+            return await reader.fetch(sql, arguments)
+
+    async def fetch_covered(self, sql: str, *arguments: object) -> Covered:
+        """See Shard.fetch_covered."""
+        async with self.reading() as reader:
+            await reader.run("BEGIN")
+            try:
+                owned = await reader.fetch(_OWNED, ())
+                rows = await reader.fetch(sql, arguments)
+            finally:
+                await reader.run("ROLLBACK")
+        return Covered(rows, {row["bucket"]: row["epoch"] for row in owned})
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[Connection]:
+        """Borrow a reader; a cancelled read is interrupted, so the next need not wait for it."""
+        if self.reads_waiting >= READS_WAITING_MAX:
+            raise Overloaded("too many reads are waiting", retry_after_s=RETRY_AFTER_S)
+        self.reads_waiting += 1
+        try:
+            async with asyncio.timeout(deadline.timeout_s(READ_S_MAX)):
+                await self.free.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded("the time was spent waiting for a reader") from None
+        finally:
+            self.reads_waiting -= 1
+        try:
+            reader = self.idle.pop() if self.idle else await self._open_reader()
+            try:
+                yield reader
+            except asyncio.CancelledError:
+                await reader.interrupt()
+                raise
+            finally:
+                self.idle.append(reader)
+        finally:
+            self.free.release()
+
+    async def _open_reader(self) -> Connection:
+        reader = await open_connection(self.path, self.schema, read_only=True, synchronous="NORMAL")
+        self.readers.append(reader)
+        return reader
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """See Shard.transaction."""
+        async with self.writer.turn() as turn:
+            turn.admit([row["bucket"] for row in await turn.fetch(_WRITABLE, ())])
+            yield SqliteTransaction(turn, EVERY_BUCKET, self)
+
+    @asynccontextmanager
+    async def admitted(
+        self, bucket: int, also: Collection[int]
+    ) -> AsyncIterator[tuple[Turn, SqliteTransaction]]:
+        """A turn that may write these buckets, once their state has been read in it."""
+        async with self.writer.turn() as turn:
+            wanted = sorted({bucket, *also})
+            listed = ", ".join(str(int(number)) for number in wanted)
+            rows = await turn.fetch(f"{_WRITABLE} AND bucket IN ({listed})", ())
+            if len(rows) != len(wanted):
+                missing = min(set(wanted) - {row["bucket"] for row in rows})
+                raise Unavailable(
+                    "this part of the data is moving; try again",
+                    metadata={"bucket": str(missing)},
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            turn.admit(wanted)
+            yield turn, SqliteTransaction(turn, bucket, self)
+
+    async def close(self) -> None:
+        """Close every connection; safe to repeat."""
+        await self.writer.close()
+        while self.readers:
+            reader = self.readers.pop()
+            await reader.interrupt()
+            await reader.close()
+
+
+@dataclass(frozen=True)
+class SqliteBucket:
+    """See Bucket."""
+
+    shards: "SqliteShards"
+    shard: SqliteShard
+    number: int
+
+    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
+        """See Reader.fetch_one."""
+        return await self.shard.fetch_one(sql, *arguments)
+
+    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See Reader.fetch_all."""
+        return await self.shard.fetch_all(sql, *arguments)
+
+    @asynccontextmanager
+    async def transaction(
+        self, once: Once | None = None, *, also: Collection[int] = ()
+    ) -> AsyncIterator[Transaction]:
+        """See Bucket.transaction."""
+        self._require_one_shard(also)
+        if once is None or not once.request_id:
+            async with self.shard.admitted(self.number, also) as (_, tx):
+                yield tx
+            return
+        home = once_rules.home_bucket(once, self.shards.secret)
+        is_joined = self.shards.shard_of(home) is self.shard
+        if not is_joined:
+            await self._claim(once, home)
+            CLAIMED_NOT_EFFECTED.visit()
+        async with self.shard.admitted(self.number, {*also, home} if is_joined else also) as (
+            turn,
+            tx,
+        ):
+            memory = once_rules.Memory(tx, once, home, is_joined, self.shard.now_us())
+            await memory.recall()
+            tx.memory = memory
+            refusal: FailedPrecondition | None = None
+            try:
+                yield tx
+            except FailedPrecondition as error:
+                if memory.answered:
+                    raise
+                refusal = error
+            if refusal is None:
+                await memory.remember_answer()
+            else:
+                await turn.undo()
+                await memory.remember_refusal(refusal)
+        if refusal is not None:
+            raise refusal
+
+    async def _claim(self, once: Once, home: int) -> None:
+        shard = self.shards.shard_of(home)
+        async with shard.admitted(home, ()) as (_, tx):
+            await once_rules.claim_at_home(
+                tx, once, home=home, target_bucket=self.number, now_us=shard.now_us()
+            )
+
+    def _require_one_shard(self, also: Collection[int]) -> None:
+        for bucket in also:
+            if self.shards.shard_of(bucket) is not self.shard:
+                raise ValueError(f"buckets {self.number} and {bucket} are on different shards")
+
+
+@dataclass
+class SqliteShards:
+    """See Shards. The files of one service."""
+
+    shards: list[SqliteShard]
+    bucket_map: BucketMap
+    secret: bytes
+    on_outbox: asyncio.Event
+
+    def holding(self, key: UUID) -> Bucket:
+        """See Shards.holding."""
+        return self.bucket(bucket_of(key))
+
+    def bucket(self, number: int) -> Bucket:
+        """See Shards.bucket."""
+        return SqliteBucket(self, self.shard_of(number), number)
+
+    def shard_of(self, bucket: int) -> SqliteShard:
+        """Where a bucket lives."""
+        return self.shards[self.bucket_map.shard_index(bucket)]
+
+    def all(self) -> Sequence[Shard]:
+        """See Shards.all."""
+        return list(self.shards)
+
+    async def wait_for_outbox(self, timeout_s: float) -> bool:
+        """See Shards.wait_for_outbox."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.on_outbox.wait()
+        except TimeoutError:
+            return False
+        self.on_outbox.clear()
+        return True
+
+
+@asynccontextmanager
+async def open_sqlite_shards(
+    folder: Path,
+    *,
+    migrations: Path,
+    shard_count: int = 4,
+    owned_by_first: bool = False,
+    synchronous: Synchronous = "NORMAL",
+    secret: bytes,
+    clock: Clock,
+    service: str = "",
+) -> AsyncIterator[Shards]:
+    """Open a service's shards, creating and migrating them as needed.
+
+    Args:
+        folder: made if missing; holds control.sqlite and shard-<n>.sqlite.
+        migrations: the service's SQL files.
+        shard_count: 1 to 64; more than the folder has adds empty shards.
+        owned_by_first: give a new folder's buckets all to the first shard.
+        synchronous: FULL for what a power cut must not take.
+        secret: 32 bytes or more that never change for this data.
+        clock: dates what is written.
+        service: names the subjects of events; the migrations' parent folder by default.
+
+    Raises:
+        DatabaseRefused: a file is damaged, newer than this code, or does not fit.
+    """
+    service = service or migrations.parent.name
+    plan = sqlite_files.Plan(folder, service, migrations, shard_count, owned_by_first)
+    opened = await asyncio.to_thread(sqlite_files.prepare, plan)
+    on_outbox = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        shards = [
+            await stack.enter_async_context(
+                _open_shard(index, opened, service, synchronous, clock, on_outbox)
+            )
+            for index in range(len(opened.paths))
+        ]
+        yield SqliteShards(shards, opened.bucket_map, secret, on_outbox)
+
+
+@asynccontextmanager
+async def _open_shard(
+    index: int,
+    opened: sqlite_files.Prepared,
+    service: str,
+    synchronous: Synchronous,
+    clock: Clock,
+    on_outbox: asyncio.Event,
+) -> AsyncIterator[SqliteShard]:
+    connection = await open_connection(
+        opened.paths[index], opened.schema, read_only=False, synchronous=synchronous
+    )
+    try:
+        writer = Writer(connection, on_outbox)
+        await _guard(connection, opened.guarded_tables, writer)
+        shard = SqliteShard(index, opened.paths[index], service, opened.schema, clock, writer)
+        serving = asyncio.create_task(writer.run(), name=f"{service}-writer-{index}")
+        try:
+            yield shard
+        finally:
+            await asyncio.shield(_close(shard, serving))
+    finally:
+        await connection.close()
+
+
+async def _close(shard: SqliteShard, serving: "asyncio.Task[None]") -> None:
+    await shard.close()
+    serving.cancel()
+    await asyncio.wait([serving])
+
+
+async def _guard(connection: Connection, tables: Collection[str], writer: Writer) -> None:
+    """Let the writer connection refuse buckets that its present turn was not opened for.
+
+    The file's own triggers cannot know the turn. These live in the connection, so that a
+    forgotten `also` fails here as it will on Postgres.
+    """
+    await connection.raw.create_function("tenfold_is_admitted", 1, writer.is_admitted)
+    for table in sorted(tables):
+        for operation, row in (("INSERT", "NEW"), ("UPDATE", "NEW"), ("DELETE", "OLD")):
+            await connection.run(_GUARD.format(table=table, operation=operation, row=row))
+
+
+assert BUCKET_COUNT == 4096  # CHECKs in migrations say so too

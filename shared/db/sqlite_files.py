@@ -1,0 +1,176 @@
+"""A service's SQLite files before they are opened: made, migrated, checked, mapped.
+
+Blocking, in one thread, before anything is served. Killed at any point, the next start
+goes on: the plan is committed in control.sqlite first, and a shard takes its buckets from
+it in the transaction that says which shard it is.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.db.errors import DatabaseDamaged, DatabaseRefused
+from shared.db.migrate import (
+    FRAMEWORK_MIGRATIONS,
+    Migration,
+    load_migrations,
+    migrate_sqlite,
+)
+from shared.db.shards import BucketMap, CoverageBroken
+from shared.db.sql import OWNED_STATES
+from shared.db.sqlite_connection import Schema, read_schema
+
+_CONTROL_TABLES = """
+CREATE TABLE IF NOT EXISTS shard (
+    shard_id bigint PRIMARY KEY, dsn text NOT NULL, weight bigint NOT NULL, state text NOT NULL);
+CREATE TABLE IF NOT EXISTS bucket_map (
+    bucket smallint PRIMARY KEY, shard_id bigint NOT NULL, epoch bigint NOT NULL);
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the caller asks for. See open_sqlite_shards."""
+
+    folder: Path
+    service: str
+    migrations: Path
+    shard_count: int
+    owned_by_first: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Files that are ready to be opened.
+
+    Attributes:
+        paths: by shard index.
+        guarded_tables: those with a bucket column.
+    """
+
+    paths: list[Path]
+    bucket_map: BucketMap
+    schema: Schema
+    guarded_tables: frozenset[str]
+
+
+def prepare(plan: Plan) -> Prepared:
+    """Make the folder ready.
+
+    Raises:
+        DatabaseRefused: a sentence for the operator says what is wrong and what to do.
+    """
+    migrations = load_migrations(FRAMEWORK_MIGRATIONS, area="framework")
+    framework_count = len(migrations)
+    migrations += load_migrations(plan.migrations, area=plan.service)
+    hint = _control(plan)
+    paths = [plan.folder / f"shard-{index}.sqlite" for index in range(plan.shard_count)]
+    owned: dict[int, list[int]] = {}
+    for index, path in enumerate(paths):
+        migrate_sqlite(path, migrations)
+        owned[index] = _claim_buckets(path, index, hint, migrations)
+    try:
+        bucket_map = BucketMap.of_owners(owned, version=hint.version)
+    except CoverageBroken as error:
+        raise DatabaseRefused(f"{plan.folder} does not hold every bucket once: {error}") from error
+    framework = _tables_made_by(migrations[:framework_count])
+    schema, guarded = read_schema(paths[0], framework)
+    return Prepared(paths, bucket_map, schema, guarded)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        yield connection
+    finally:
+        connection.close()
+
+
+def _control(plan: Plan) -> BucketMap:
+    """The plan of the folder: made now if it is new, else what it was made with."""
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatabaseRefused(f"cannot make the folder {plan.folder}: {error}") from error
+    path = plan.folder / "control.sqlite"
+    try:
+        with _open(path) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(_CONTROL_TABLES)
+            connection.execute("BEGIN IMMEDIATE")
+            hint = _plan_buckets(connection, plan)
+            connection.execute("COMMIT")
+            return hint
+    except sqlite3.OperationalError as error:
+        raise DatabaseRefused(f"cannot write {path}: {error}") from error
+    except sqlite3.DatabaseError as error:
+        raise DatabaseDamaged(
+            f"{path} is damaged ({error}); it was left as it is. Restore it from a backup"
+        ) from error
+
+
+def _plan_buckets(connection: sqlite3.Connection, plan: Plan) -> BucketMap:
+    rows = connection.execute("SELECT bucket, shard_id FROM bucket_map ORDER BY bucket").fetchall()
+    if rows:
+        hint = BucketMap(1, tuple(shard_index for _, shard_index in rows))
+    elif plan.owned_by_first:
+        hint = BucketMap.first_owns_all()
+    else:
+        hint = BucketMap.even(plan.shard_count)
+    if not rows:
+        connection.executemany(
+            "INSERT INTO bucket_map (bucket, shard_id, epoch) VALUES (?, ?, 1)",
+            list(enumerate(hint.shard_indexes)),
+        )
+    known = [row[0] for row in connection.execute("SELECT shard_id FROM shard ORDER BY shard_id")]
+    if len(known) > plan.shard_count:
+        raise DatabaseRefused(
+            f"{plan.folder} has {len(known)} shards and {plan.shard_count} were asked for: "
+            f"ask for {len(known)} or more"
+        )
+    for index in range(len(known), plan.shard_count):
+        connection.execute(
+            "INSERT INTO shard (shard_id, dsn, weight, state) VALUES (?, ?, 1, 'ACTIVE')",
+            (index, f"shard-{index}.sqlite"),
+        )
+    return hint
+
+
+def _claim_buckets(
+    path: Path, index: int, hint: BucketMap, migrations: list[Migration]
+) -> list[int]:
+    """Say in a new shard which it is and what it owns; in an old one, read what it owns."""
+    with _open(path) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        row = connection.execute("SELECT shard_id FROM tenfold_shard").fetchone()
+        if row is None:
+            connection.execute(
+                "INSERT INTO tenfold_shard (one, shard_id, timeline, schema_version) "
+                "VALUES (1, ?, 1, ?)",
+                (index, len(migrations)),
+            )
+            connection.executemany(
+                "INSERT INTO tenfold_bucket (bucket, state, epoch) VALUES (?, 'ACTIVE', 1)",
+                [(bucket,) for bucket in hint.buckets_of(index)],
+            )
+        elif row[0] != index:
+            raise DatabaseRefused(f"{path} is shard {row[0]}: files were swapped or renamed")
+        connection.execute("UPDATE tenfold_shard SET schema_version = ?", (len(migrations),))
+        owned = connection.execute(
+            f"SELECT bucket FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
+        ).fetchall()
+        connection.execute("COMMIT")
+        return [bucket for (bucket,) in owned]
+
+
+def _tables_made_by(migrations: list[Migration]) -> frozenset[str]:
+    made: set[str] = {"tenfold_migration"}
+    for migration in migrations:
+        for line in migration.text.splitlines():
+            if line.startswith("CREATE TABLE "):
+                made.add(line.split()[2])
+    return frozenset(made)
