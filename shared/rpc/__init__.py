@@ -1,0 +1,1 @@
+"""Calls between processes: server, client, and the chain around every handler."""

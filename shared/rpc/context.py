@@ -30,10 +30,12 @@ class Context:
 
     __slots__ = (
         "_rpc",
+        "awaits_message",
         "deadline_s",
         "has_ended_by_server",
         "idempotency_key",
         "identity_token",
+        "is_replayed",
         "metadata",
         "method",
         "principal",
@@ -46,7 +48,7 @@ class Context:
         method: str,
         request_id: str,
         metadata: Mapping[str, str],
-        rpc: Any,  # the engine's context: whatever has send_initial_metadata
+        rpc: Any,  # noqa: ANN401  the engine's context, whichever engine it is
     ) -> None:
         self.principal: Principal = PUBLIC
         self.method = method
@@ -56,6 +58,8 @@ class Context:
         self.identity_token = ""
         self.deadline_s = 0.0
         self.has_ended_by_server = False
+        self.is_replayed = False
+        self.awaits_message = False
         self._rpc = rpc
 
     def remaining_s(self) -> float:
@@ -72,6 +76,7 @@ class Context:
 
     def mark_replayed(self) -> None:
         """Say, in trailing metadata, that this request had its effect before."""
+        self.is_replayed = True
         self._rpc.set_trailing_metadata((REPLAYED_METADATA,))
 
 

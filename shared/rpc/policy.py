@@ -12,7 +12,6 @@ from importlib.resources import files
 
 from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorSet
 from google.protobuf.duration_pb2 import Duration
-
 from tenfold.options.v1 import policy_pb2
 
 # Deadlines where the contract says nothing (spec 0.6).

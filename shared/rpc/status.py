@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from shared import errors
 from shared.errors import ERROR_DOMAIN, InvalidRequest, TenfoldError, Violation
@@ -141,7 +141,7 @@ def error_of(code: grpc.StatusCode, message: str, details: bytes | None) -> Tenf
     text = parsed.message or _text_of_core(code, message)
     if issubclass(kind, InvalidRequest):
         refusal = kind(text, violations=parsed.violations, reason=parsed.reason or None)
-        refusal.metadata.update(parsed.metadata)
+        refusal.metadata.update(parsed.metadata or {})
         return refusal
     return kind(
         text,

@@ -1,0 +1,419 @@
+"""The chain around every handler, fused into one wrapper per method for speed.
+
+Outermost first: the log line, the error boundary, the deadline, identity, authorization, the
+request message (read, parsed, validated), the concurrency limit, the handler.
+
+The wrapper replaces the RpcMethodHandler of each method, so a path that the contracts do not
+name never reaches any of our code (UNIMPLEMENTED), and a named one is matched exactly. The
+engine hands over raw bytes: identity and permission are checked before a byte is parsed
+(AIP-211), and a message that never comes is waited for only so long.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeAlias, cast
+from uuid import uuid4
+
+import grpc
+import protovalidate
+from google.protobuf.message import DecodeError, Message
+
+from shared import deadline, log
+from shared.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    Overloaded,
+    PermissionDenied,
+    TenfoldError,
+    Unauthenticated,
+    Unavailable,
+    Violation,
+)
+from shared.identity import (
+    IDENTITY_METADATA_KEY,
+    PUBLIC,
+    IdentityVerifier,
+    Principal,
+    PrincipalKind,
+    TokenRefused,
+)
+from shared.rpc.context import REPLAYED_METADATA, Context, current_call
+from shared.rpc.policy import REQUEST_ID_FIELD, Access, Idempotency, MethodPolicy
+from shared.rpc.status import status_of
+
+REQUEST_ID_KEY = "x-request-id"
+REQUEST_ID_CHARACTERS_MAX = 128
+IDEMPOTENCY_KEY = "idempotency-key"
+IDEMPOTENCY_KEY_CHARACTERS_MAX = 255
+# Long enough for any message over a slow link; short enough to free what an attacker holds.
+READ_TIMEOUT_S = 10.0
+STREAM_IDLE_S = 60.0
+CALLS_MAX = 1000
+STREAMS_MAX = 2000
+OVERLOADED_RETRY_AFTER_S = 0.5
+
+_logger = log.get_logger("rpc")
+# One for all: it compiles the rules of a message type at its first use, about 10 ms.
+_validator = protovalidate.Validator()
+
+# Which callers each access admits; beside this, all scopes are needed.
+_ADMITTED: Mapping[Access, frozenset[PrincipalKind]] = {
+    Access.NOBODY: frozenset(),
+    Access.PUBLIC: frozenset(PrincipalKind),
+    Access.USER: frozenset({PrincipalKind.USER, PrincipalKind.ADMIN}),
+    Access.SERVICE: frozenset({PrincipalKind.SERVICE}),
+    Access.ADMIN: frozenset({PrincipalKind.ADMIN}),
+}
+
+# Quoted: at run time the class takes no parameters.
+MethodHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Behaviour = Callable[[Any, Context], Any]
+
+
+@dataclass
+class Limiter:
+    """Counts what runs; refuses at once what would be too much (spec P8)."""
+
+    limit: int
+    running: int = 0
+
+    def enter(self) -> None:
+        """Take a place, which the caller gives back with leave.
+
+        Raises:
+            Overloaded: all are taken.
+        """
+        if self.running >= self.limit:
+            raise Overloaded(
+                "the server is full; try again shortly", retry_after_s=OVERLOADED_RETRY_AFTER_S
+            )
+        self.running += 1
+
+    def leave(self) -> None:
+        """Give the place back."""
+        self.running -= 1
+
+
+@dataclass
+class Chain:
+    """What the wrappers of one server share.
+
+    Attributes:
+        verifier: believes or refuses identity tokens.
+        policies: what may be called by whom, by path.
+        calls, streams: how many may run at once.
+        read_timeout_s: how long the first request message may take to come.
+        stream_idle_s: how long each further message of a client's stream may take.
+        logs_requests: whether each call leaves a line.
+    """
+
+    verifier: IdentityVerifier
+    policies: Mapping[str, MethodPolicy]
+    calls: Limiter = field(default_factory=lambda: Limiter(CALLS_MAX))
+    streams: Limiter = field(default_factory=lambda: Limiter(STREAMS_MAX))
+    read_timeout_s: float = READ_TIMEOUT_S
+    stream_idle_s: float = STREAM_IDLE_S
+    logs_requests: bool = True
+    open_streams: dict[asyncio.Task[Any], Context] = field(default_factory=dict)
+
+    def wrap(self, path: str, handler: MethodHandler) -> Any:  # noqa: ANN401
+        """The handler with the chain around it, to be registered under the same path."""
+        policy = self.policies.get(path)
+        if policy is None:  # nobody: it answers PERMISSION_DENIED
+            shape = handler.request_streaming, handler.response_streaming
+            policy = MethodPolicy(path, client_streaming=shape[0], server_streaming=shape[1])
+        guarded = _Guarded(self, policy, handler)
+        # The raw reader-writer shapes give control over when, and how long, a message is read.
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(guarded.serve_stream)
+        return grpc.stream_unary_rpc_method_handler(guarded.serve_unary)
+
+    def end_streams(self) -> None:
+        """Answer every open stream with UNAVAILABLE now: a stop must not wait for them."""
+        for task, call in list(self.open_streams.items()):
+            call.has_ended_by_server = True
+            task.cancel()
+
+
+class _Guarded:
+    """One method behind the chain."""
+
+    def __init__(self, chain: Chain, policy: MethodPolicy, handler: MethodHandler) -> None:
+        self._chain = chain
+        self._policy = policy
+        self._limiter = chain.streams if policy.is_stream else chain.calls
+        self._behaviour = _behaviour_of(handler)
+        self._parse: Callable[[bytes], Message] = handler.request_deserializer or _no_codec
+        self._serialize: Callable[[Any], bytes] = handler.response_serializer or _no_codec
+        self._needs_key = policy.idempotency is Idempotency.KEYED
+        self._admitted = _ADMITTED[policy.access]
+
+    async def serve_unary(self, _requests: object, rpc: Any) -> bytes:  # noqa: ANN401
+        """One answer; registered with the engine."""
+        call, started_s = _call_of(self._policy.path, rpc), time.perf_counter()
+        try:
+            async with asyncio.timeout(None) as timer:
+                answer = await self._answer(call, rpc, timer)
+            result = self._serialize(answer)
+        except BaseException as error:
+            await self._refuse(call, rpc, error, started_s)
+        self._log(call, "OK", started_s)
+        return result
+
+    async def serve_stream(self, _requests: object, rpc: Any) -> None:  # noqa: ANN401
+        """A stream of answers; registered with the engine."""
+        call, started_s = _call_of(self._policy.path, rpc), time.perf_counter()
+        task = asyncio.current_task()
+        assert task is not None
+        self._chain.open_streams[task] = call
+        try:
+            async with asyncio.timeout(None) as timer:
+                await self._answer_stream(call, rpc, timer)
+        except BaseException as error:
+            await self._refuse(call, rpc, error, started_s)
+        finally:
+            del self._chain.open_streams[task]
+        self._log(call, "OK", started_s)
+
+    async def _answer(self, call: Context, rpc: Any, timer: asyncio.Timeout) -> Any:  # noqa: ANN401
+        request = await self._admit(call, rpc, timer)
+        try:
+            return await self._behaviour(request, call)
+        finally:
+            self._limiter.leave()
+
+    async def _answer_stream(
+        self,
+        call: Context,
+        rpc: Any,  # noqa: ANN401
+        timer: asyncio.Timeout,
+    ) -> None:
+        request = await self._admit(call, rpc, timer)
+        try:
+            async with aclosing(self._behaviour(request, call)) as answers:
+                async for answer in answers:
+                    await rpc.write(self._serialize(answer))
+        finally:
+            self._limiter.leave()
+
+    async def _admit(self, call: Context, rpc: Any, timer: asyncio.Timeout) -> Any:  # noqa: ANN401
+        """Everything that stands before the handler; returns what it is given as request.
+
+        On return a place of the limiter is taken.
+        """
+        self._set_deadline(call, rpc, timer)
+        self._identify(call, rpc)
+        self._authorize(call.principal)
+        current_call.set(call)
+        if self._policy.client_streaming:
+            call.idempotency_key = self._key_of(None, call)
+            self._limiter.enter()
+            return self._requests(call, rpc)
+        raw = await self._first_message(call, rpc, timer)
+        # Only now: a call whose message never comes holds no place (spec d.1, S76).
+        self._limiter.enter()
+        try:
+            return self._request_of(raw, call)
+        except BaseException:
+            self._limiter.leave()
+            raise
+
+    def _set_deadline(self, call: Context, rpc: Any, timer: asyncio.Timeout) -> None:  # noqa: ANN401
+        policy, asked_s = self._policy, rpc.time_remaining()
+        if asked_s is not None and asked_s <= 0:
+            raise DeadlineExceeded("the time for this call was spent before it began")
+        left_s = policy.deadline_default_s if asked_s is None else asked_s
+        call.deadline_s = time.monotonic() + min(left_s, policy.deadline_max_s)
+        deadline.set_deadline(call.deadline_s)
+        timer.reschedule(call.deadline_s)
+
+    def _identify(self, call: Context, rpc: Any) -> None:  # noqa: ANN401
+        tokens = [value for key, value in rpc.invocation_metadata() if key == IDENTITY_METADATA_KEY]
+        if len(tokens) > 1:
+            raise TokenRefused("more than one identity was given")
+        if tokens:
+            call.principal = self._chain.verifier.verify(tokens[0])
+            call.identity_token = tokens[0]
+
+    def _authorize(self, principal: Principal) -> None:
+        policy = self._policy
+        if principal.kind not in self._admitted:
+            if principal is PUBLIC and self._admitted:
+                raise Unauthenticated("this method needs a credential")
+            raise PermissionDenied("this caller may not use this method")
+        if not policy.scopes <= principal.scopes:
+            missing = min(policy.scopes - principal.scopes)
+            raise PermissionDenied(
+                f"the credential lacks the scope {missing}", metadata={"scope": missing}
+            )
+
+    async def _first_message(self, call: Context, rpc: Any, timer: asyncio.Timeout) -> bytes:  # noqa: ANN401
+        limit_s = time.monotonic() + self._chain.read_timeout_s
+        if limit_s < call.deadline_s:
+            timer.reschedule(limit_s)
+        call.awaits_message = True
+        raw: Any = await rpc.read()
+        if raw is grpc.aio.EOF:
+            raise InvalidRequest("the request message is missing")
+        call.awaits_message = False
+        timer.reschedule(call.deadline_s)
+        return cast("bytes", raw)
+
+    async def _requests(self, call: Context, rpc: Any) -> AsyncIterator[Message]:  # noqa: ANN401
+        while True:
+            try:
+                async with asyncio.timeout(self._chain.stream_idle_s):
+                    raw = await rpc.read()
+            except TimeoutError as error:
+                raise DeadlineExceeded("the stream's next message did not come") from error
+            if raw is grpc.aio.EOF:
+                return
+            yield self._message_of(raw)
+
+    def _request_of(self, raw: bytes, call: Context) -> Message:
+        request = self._message_of(raw)
+        call.idempotency_key = self._key_of(request, call)
+        for name, scope in self._policy.principal_fields:
+            value = getattr(request, name)
+            if value and value != call.principal.subject and not call.principal.may(scope):
+                raise PermissionDenied(f"{name} must name the caller")
+        return request
+
+    def _message_of(self, raw: bytes) -> Message:
+        try:
+            message = self._parse(raw)
+        except DecodeError as error:
+            raise InvalidRequest("the request message is malformed") from error
+        violations = _validator.collect_violations(message)
+        if violations:
+            raise _invalid(violations)
+        return message
+
+    def _key_of(self, request: Message | None, call: Context) -> str:
+        given = getattr(request, REQUEST_ID_FIELD) if self._policy.has_request_id else ""
+        key: str = given or call.metadata.get(IDEMPOTENCY_KEY, "")
+        if not key:
+            if self._needs_key:
+                raise InvalidRequest.of_field(
+                    REQUEST_ID_FIELD,
+                    "is required: the same value on every try of the same request"
+                    " (over REST: the header Idempotency-Key)",
+                )
+        elif len(key) > IDEMPOTENCY_KEY_CHARACTERS_MAX or not key.isprintable():
+            raise InvalidRequest.of_field(REQUEST_ID_FIELD, "must be 1 to 255 printable characters")
+        return key
+
+    async def _refuse(
+        self,
+        call: Context,
+        rpc: Any,  # noqa: ANN401
+        error: BaseException,
+        started_s: float,
+    ) -> NoReturn:
+        refusal = _refusal_of(error, call)
+        status = status_of(refusal, request_id=call.request_id)
+        self._log(call, status.code.name, started_s, reason=refusal.error_reason)
+        trailing: tuple[tuple[str, str | bytes], ...] = status.trailing_metadata
+        if call.is_replayed:
+            trailing = (*trailing, REPLAYED_METADATA)
+        await rpc.abort(status.code, status.message, trailing)
+        raise AssertionError("abort raises")
+
+    def _log(self, call: Context, code: str, started_s: float, *, reason: str = "") -> None:
+        if not self._chain.logs_requests:
+            return
+        fields = {
+            "level": "info",
+            "event": "call",
+            "method": call.method,
+            "code": code,
+            "duration_ms": round((time.perf_counter() - started_s) * 1000, 2),
+            "request_id": call.request_id,
+            "principal": call.principal.kind.value,
+            "tenant": call.principal.tenant,
+        }
+        if reason:
+            fields["reason"] = reason
+        log.write_request_line(fields)
+
+
+def _no_codec(value: Any) -> Any:  # noqa: ANN401
+    return value
+
+
+def _behaviour_of(handler: MethodHandler) -> Behaviour:
+    behaviour: Any = (
+        handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    )
+    return cast("Behaviour", behaviour)
+
+
+def _call_of(path: str, rpc: Any) -> Context:  # noqa: ANN401
+    metadata = {key: value for key, value in rpc.invocation_metadata() if isinstance(value, str)}
+    request_id = metadata.get(REQUEST_ID_KEY, "")
+    if not is_request_id(request_id):
+        request_id = uuid4().hex
+    log.set_request_id(request_id)
+    return Context(method=path, request_id=request_id, metadata=metadata, rpc=rpc)
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a correlation id from outside may be used: 1 to 128 printable ASCII characters."""
+    return 0 < len(text) <= REQUEST_ID_CHARACTERS_MAX and text.isascii() and text.isprintable()
+
+
+def _refusal_of(error: BaseException, call: Context) -> TenfoldError:
+    """What the caller is told of an error; nothing of an unexpected one but the request id."""
+    if isinstance(error, TenfoldError):
+        return error
+    if isinstance(error, asyncio.CancelledError):
+        return _refusal_of_cancel(error, call)
+    if isinstance(error, TimeoutError):
+        if call.awaits_message:
+            return DeadlineExceeded("the request message did not come in time")
+        if call.deadline_s and call.remaining_s() <= 0:
+            return DeadlineExceeded("the time for this call is spent")
+        _logger.warning("a step timed out", method=call.method, exc_info=error)
+        return Unavailable("a part that is needed did not answer in time")
+    if not isinstance(error, Exception):
+        raise error
+    _logger.error("unexpected error", method=call.method, exc_info=error)
+    return Internal(f"an internal error occurred; quote the request id {call.request_id}")
+
+
+def _refusal_of_cancel(error: asyncio.CancelledError, call: Context) -> TenfoldError:
+    task = asyncio.current_task()
+    assert task is not None
+    if call.has_ended_by_server:
+        task.uncancel()
+        return Unavailable("the server is stopping", retry_after_s=OVERLOADED_RETRY_AFTER_S)
+    if task.cancelling():  # the caller left, or its deadline passed: nobody waits for an answer
+        raise error
+    # A handler raised it by itself; unanswered, the caller would hang until its deadline.
+    _logger.error("a cancellation escaped from a handler", method=call.method, exc_info=error)
+    return Unavailable("the call was cut short; the outcome is unknown")
+
+
+def _invalid(violations: Sequence[protovalidate.Violation]) -> InvalidRequest:
+    found = [Violation(_path_of(v), _description_of(v)) for v in violations]
+    first = found[0]
+    return InvalidRequest(f"{first.field}: {first.description}", violations=found)
+
+
+def _path_of(violation: protovalidate.Violation) -> str:
+    """The field in proto names: "entries[0].amount"."""
+    path, field_path = "", violation.proto.field
+    for element in field_path.elements if field_path else ():
+        path += ("." if path else "") + element.field_name
+        subscript = element.subscript
+        if subscript is not None:
+            path += f"[{subscript.value!r}]"
+    return path
+
+
+def _description_of(violation: protovalidate.Violation) -> str:
+    return violation.proto.message or violation.proto.rule_id
