@@ -1,1 +1,1 @@
-"""Shards of rows: one interface, SQLite now; ids that carry their bucket; effects that happen once."""
+"""Shards of rows: ids that carry their bucket, effects that happen once, SQLite below."""

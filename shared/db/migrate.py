@@ -188,8 +188,8 @@ def _refresh_triggers(connection: sqlite3.Connection) -> None:
             "ESCAPE '~'"
         ).fetchall()
     )
-    for name in present:
-        if present[name] != wanted.get(name):
+    for name, sql in present.items():
+        if sql != wanted.get(name):
             connection.execute(f'DROP TRIGGER "{name}"')
     for name, sql in wanted.items():
         if present.get(name) != sql:
@@ -245,10 +245,11 @@ def _version_triggers(table: str, key: Sequence[str]) -> Iterator[tuple[str, str
     )
     # SQLite cannot change NEW before the write, hence a second write after it.
     name = f"tenfold_version_{table}_next"
+    following = f"UPDATE {table} SET version = OLD.version + 1 WHERE {same_row}"  # noqa: S608
     yield (
         name,
         (
             f"CREATE TRIGGER {name} AFTER UPDATE ON {table} WHEN NEW.version = OLD.version "
-            f"BEGIN UPDATE {table} SET version = OLD.version + 1 WHERE {same_row}; END"
+            f"BEGIN {following}; END"
         ),
     )

@@ -121,7 +121,7 @@ class Transaction(Protocol):
         ...
 
     async def append_outbox(self, row: OutboxRow) -> None:
-        """Publish this once the transaction has committed: at least once, in order per aggregate."""
+        """Publish this after the commit: at least once, in order per aggregate."""
         ...
 
     async def answer_with(self, payload: bytes) -> None:

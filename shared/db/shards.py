@@ -13,7 +13,7 @@ from shared.db.ids import BUCKET_COUNT
 SHARD_COUNT_MAX = 64
 
 
-class CoverageBroken(Exception):
+class CoverageBroken(Exception):  # noqa: N818 - named by what happened
     """Some bucket is owned by no shard or by two; the message names the first of them."""
 
 
@@ -29,7 +29,7 @@ class BucketMap:
     version: int
     shard_indexes: tuple[int, ...]
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: D105 - checks what the attributes promise
         if len(self.shard_indexes) != BUCKET_COUNT:
             raise ValueError(f"a map has {BUCKET_COUNT} buckets, not {len(self.shard_indexes)}")
 

@@ -47,7 +47,7 @@ def _replace(match: re.Match[str]) -> str:
     if match["bucket_of"] is not None:
         return bucket_expression(match["bucket_of"])
     if match["owned"] is not None:
-        owned = f"SELECT bucket FROM tenfold_bucket WHERE state IN {OWNED_STATES}"
+        owned = f"SELECT bucket FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
         return f"{match['owned']} IN ({owned})"
     if match["identity"] is not None:
         return "INTEGER PRIMARY KEY AUTOINCREMENT"

@@ -376,7 +376,14 @@ async def open_sqlite_shards(
     async with AsyncExitStack() as stack:
         shards = [
             await stack.enter_async_context(
-                _open_shard(index, opened, service, synchronous, clock, on_outbox)
+                _open_shard(
+                    index,
+                    opened=opened,
+                    service=service,
+                    synchronous=synchronous,
+                    clock=clock,
+                    on_outbox=on_outbox,
+                )
             )
             for index in range(len(opened.paths))
         ]
@@ -386,6 +393,7 @@ async def open_sqlite_shards(
 @asynccontextmanager
 async def _open_shard(
     index: int,
+    *,
     opened: sqlite_files.Prepared,
     service: str,
     synchronous: Synchronous,

@@ -188,7 +188,7 @@ def unavailable() -> TenfoldError:
 async def connect(path: Path, *, read_only: bool) -> aiosqlite.Connection:
     """Open a connection; a cancelled caller leaves no thread behind."""
     mode = "ro" if read_only else "rw"
-    opening = asyncio.ensure_future(_open(f"{path.absolute().as_uri()}?mode={mode}"))
+    opening = asyncio.ensure_future(_open(f"{path.as_uri()}?mode={mode}"))
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:

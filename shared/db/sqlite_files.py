@@ -66,7 +66,7 @@ def prepare(plan: Plan) -> Prepared:
     framework_count = len(migrations)
     migrations += load_migrations(plan.migrations, area=plan.service)
     hint = _control(plan)
-    paths = [plan.folder / f"shard-{index}.sqlite" for index in range(plan.shard_count)]
+    paths = [plan.folder.absolute() / f"shard-{index}.sqlite" for index in range(plan.shard_count)]
     owned: dict[int, list[int]] = {}
     for index, path in enumerate(paths):
         migrate_sqlite(path, migrations)
