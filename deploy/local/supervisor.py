@@ -19,7 +19,7 @@ from typing import BinaryIO
 from deploy.local.errors import LaunchError
 from deploy.local.processes import ProcessMark, mark
 from deploy.local.program import Program
-from shared.crashpoints import CRASH_POINT_VARIABLE
+from shared.crashpoints import CRASH_JOURNAL_VARIABLE, CRASH_POINT_VARIABLE
 
 WRAPPER = Path(__file__).with_name("child.py")
 READY_POLL_S = 0.02
@@ -36,14 +36,17 @@ class Patience:
 
     Attributes:
         ready_timeout_s: from start to the first "ready".
-        restart_first_s, restart_max_s: pause before a restart; it doubles in between.
-        deaths_max: as many deaths of one program within deaths_within_s end the mesh.
+        restart_first_s, restart_max_s: pause before a restart; it doubles with every death
+            that came before the program was ready again.
+        failed_starts_max: as many such deaths in a row end the mesh.
+        deaths_max: as many deaths of one program within deaths_within_s end it, too.
     """
 
     ready_timeout_s: float = 60.0
     restart_first_s: float = 0.1
     restart_max_s: float = 5.0
-    deaths_max: int = 10
+    failed_starts_max: int = 6
+    deaths_max: int = 20
     deaths_within_s: float = 60.0
 
 
@@ -57,6 +60,7 @@ class Child:
     is_ready: bool = False
     was_ready: bool = False
     restarts: int = 0
+    failed_starts: int = 0
     deaths: deque[float] = field(default_factory=deque)
 
 
@@ -139,7 +143,7 @@ class Supervisor:
 
     def _environment_of(self, child: Child) -> dict[str, str]:
         environment = dict(child.program.environment)
-        if child.restarts:
+        if child.restarts and CRASH_JOURNAL_VARIABLE not in environment:
             # A crash point kills once: the process that takes over must be able to finish.
             environment.pop(CRASH_POINT_VARIABLE, None)
         return environment
@@ -164,19 +168,24 @@ class Supervisor:
 
     def _pause_after_death(self, child: Child, code: int) -> float:
         now_s, patience = time.monotonic(), self._patience
+        child.failed_starts = 0 if child.is_ready else child.failed_starts + 1
         child.deaths.append(now_s)
         while child.deaths[0] < now_s - patience.deaths_within_s:
             child.deaths.popleft()
         # Before it was ever ready, leaving by itself means that it refuses to start.
         refuses_to_start = not child.was_ready and code > 0
-        if refuses_to_start or len(child.deaths) >= patience.deaths_max:
+        is_too_often = (
+            child.failed_starts >= patience.failed_starts_max
+            or len(child.deaths) >= patience.deaths_max
+        )
+        if refuses_to_start or is_too_often:
             raise LaunchError(self._obituary(child, code))
-        doubled_s = patience.restart_first_s * float(2 ** (len(child.deaths) - 1))
+        doubled_s = patience.restart_first_s * float(2**child.failed_starts)
         return min(doubled_s, patience.restart_max_s)
 
     def _obituary(self, child: Child, code: int) -> str:
         log = self._logs / f"{child.program.name}.log"
-        times = f", for the {len(child.deaths)}th time in a minute" if child.was_ready else ""
+        times = f", {len(child.deaths)} times in a minute" if child.was_ready else ""
         tail = "\n".join(f"  | {line}" for line in tail_of(log))
         return (
             f"{child.program.name} ended ({describe_exit(code)}){times}; the end of {log}:\n{tail}"
