@@ -15,7 +15,6 @@ import orjson
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from edge.fields import descriptor_of, is_map, map_fields
-from edge.refusals import HttpRefusal
 from edge.routes import Route
 from shared import errors
 from shared.errors import ERROR_DOMAIN, InvalidRequest, TenfoldError, Violation
@@ -80,8 +79,7 @@ def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = No
         request_id: the correlation id of the request.
         route: gives the fields of violations their JSON names and pointers; None before routing.
     """
-    refusal = error if isinstance(error, HttpRefusal) else None
-    status = HTTPStatus(refusal.http_status) if refusal else status_of(error)
+    status = status_of(error)
     detail = INTERNAL_DETAIL if isinstance(error, errors.Internal) else error.message
     document = _document(status, code_of(error).name, error.error_reason, detail, request_id)
     if error.metadata and not isinstance(error, errors.Internal):
@@ -98,9 +96,31 @@ def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = No
     if status == HTTPStatus.UNAUTHORIZED:
         # RFC 9110, section 11.6.1. Never the message: peers copied it here and leaked it.
         headers["www-authenticate"] = "Bearer"
-    if refusal is not None:
-        headers |= {name.lower(): value for name, value in refusal.headers.items()}
     return Problem(status, document, headers)
+
+
+def http_problem(
+    status: int,
+    *,
+    code: str,
+    reason: str,
+    detail: str,
+    request_id: str,
+    headers: Mapping[str, str] | None = None,
+) -> Problem:
+    """Tell of what only HTTP knows: no route, a method not allowed, a body too large.
+
+    Args:
+        status: the HTTP status.
+        code: the gRPC name that is nearest, such as "NOT_FOUND".
+        reason: in UPPER_SNAKE_CASE, for programs.
+        detail: one sentence for people.
+        request_id: the correlation id of the request.
+        headers: what the status asks for, such as "allow".
+    """
+    document = _document(HTTPStatus(status), code, reason, detail, request_id)
+    own = {name.lower(): value for name, value in (headers or {}).items()}
+    return Problem(status, document, {"content-type": CONTENT_TYPE} | own)
 
 
 def status_of(error: TenfoldError) -> HTTPStatus:

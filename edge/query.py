@@ -108,7 +108,7 @@ def find_leaf(message: Descriptor, name: str) -> Leaf:
         if field is None:
             raise Wrong.of_field(name[:64], "is no parameter of this method")
         fields.append(field)
-        descriptor = None if field.is_repeated or _is_text_leaf(field) else field.message_type
+        descriptor = None if field.is_repeated or is_text_leaf(field) else field.message_type
     leaf = Leaf(tuple(fields), rest[:-1] if bracket else None)
     _check_leaf(leaf)
     return leaf
@@ -121,7 +121,8 @@ def _field_named(message: Descriptor, name: str) -> FieldDescriptor | None:
     return next((field for field in message.fields if field.json_name == name), None)
 
 
-def _is_text_leaf(field: FieldDescriptor) -> bool:
+def is_text_leaf(field: FieldDescriptor) -> bool:
+    """Whether one text (or, repeated, several) can fill the field."""
     if field.message_type is None:
         return True
     name = field.message_type.full_name
@@ -136,7 +137,7 @@ def _check_leaf(leaf: Leaf) -> None:
             raise Wrong.of_field(leaf.json_path, f"is a map: write {field.json_name}[key]=value")
     elif leaf.map_key is not None:
         raise Wrong.of_field(leaf.json_path, "is no map")
-    elif not _is_text_leaf(field):
+    elif not is_text_leaf(field):
         raise Wrong.of_field(leaf.json_path, "is a message: name one of its fields")
 
 

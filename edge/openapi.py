@@ -1,0 +1,399 @@
+"""The OpenAPI 3.1 document of a route table: what the edge really serves.
+
+It is made from the same routes and descriptors that requests go by, so the two cannot
+disagree. Comments of the contracts become descriptions.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from edge.contracts import Contracts
+from edge.fields import descriptor_of, is_map, map_fields, message_type
+from edge.problem import CONTENT_TYPE
+from edge.query import is_text_leaf
+from edge.routes import ANY_METHOD, Route, RouteTable
+from edge.schemas import Schema, Schemas, is_required
+from edge.template import DOUBLE_STAR, STAR, Template, Variable
+from shared.rpc.policy import REQUEST_ID_FIELD, Access, Idempotency
+
+CURSOR_FIELD = "cursor"
+# How deep query parameters of nested messages are listed; the edge itself goes deeper.
+QUERY_LEVELS_MAX = 3
+
+_EVERY_METHOD = ("GET", "PUT", "POST", "DELETE", "PATCH")
+# OpenAPI ignores header parameters of these names: they are described elsewhere.
+_HEADERS_DESCRIBED_ELSEWHERE = {"accept", "content-type", "content-length", "authorization"}
+_HTML_EVENTS = "https://html.spec.whatwg.org/multipage/server-sent-events.html"
+
+_ABOUT = """\
+A REST call becomes one gRPC call. JSON follows the proto3 mapping: names in lowerCamelCase
+(names of the contracts are read too), 64-bit integers as strings (bare numbers are read up
+to 2^53), times by RFC 3339, bytes in base64. Unknown fields and parameters, and a field
+given twice, are refused. Answers hold fields at their default, such as "" and 0; unset
+messages and optional fields are left out.
+"""
+
+
+def openapi_document(
+    route_table: RouteTable, contracts: Contracts, *, title: str, version: str
+) -> dict[str, Any]:
+    """Describe every route.
+
+    Args:
+        route_table: made from these contracts.
+        contracts: for comments; without source info there are no descriptions.
+        title: of the API.
+        version: of the API, not of OpenAPI.
+
+    Returns:
+        The document, made of plain dicts and lists, in a stable order.
+    """
+    schemas = Schemas(contracts)
+    paths: dict[str, dict[str, Any]] = {}
+    tags: dict[str, str] = {}
+    operation_ids: dict[str, int] = {}
+    for route in route_table.routes:
+        service = route.method.service
+        tags.setdefault(service, contracts.comment(service))
+        path, parameters = openapi_path(route.template)
+        operation = _Operation(route, contracts, schemas).describe(path, parameters)
+        is_any = route.http_method == ANY_METHOD
+        for http_method in _EVERY_METHOD if is_any else (route.http_method,):
+            own = dict(operation, operationId=_operation_id(route, operation_ids))
+            paths.setdefault(path, {})[http_method.lower()] = own
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": version, "description": _ABOUT},
+        "tags": [_with_description({"name": name}, text) for name, text in sorted(tags.items())],
+        "paths": dict(sorted(paths.items())),
+        "components": _components(schemas),
+    }
+
+
+def openapi_path(template: Template) -> tuple[str, list[tuple[str, Variable]]]:
+    """A template as OpenAPI writes it, and its parameters with the variable of each.
+
+    OpenAPI has no multi-segment variables: "/v1/{name=accounts/*}" is
+    "/v1/accounts/{account}", named after the collection before it.
+    """
+    parts: list[str] = []
+    parameters: list[tuple[str, Variable]] = []
+    taken: set[str] = set()
+    for index, segment in enumerate(template.segments):
+        if isinstance(segment, bytes):
+            parts.append(segment.decode())
+            continue
+        variable = _variable_at(template, index)
+        name = _parameter_name(template, index, variable)
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        parts.append("{" + name + "}")
+        if variable is not None:
+            parameters.append((name, variable))
+    verb = ":" + template.verb.decode() if template.verb else ""
+    return "/" + "/".join(parts) + verb, parameters
+
+
+def _variable_at(template: Template, index: int) -> Variable | None:
+    for variable in template.variables:
+        if variable.start <= index and (variable.end is None or index < variable.end):
+            return variable
+    return None
+
+
+def _parameter_name(template: Template, index: int, variable: Variable | None) -> str:
+    if variable is not None and not variable.is_multi_segment:
+        return variable.field_path
+    before = template.segments[index - 1] if index else b""
+    if template.segments[index] == STAR and isinstance(before, bytes) and before.endswith(b"s"):
+        return re.sub(r"ies$|s$", _singular_ending, before.decode())
+    if variable is not None and template.segments[index] != DOUBLE_STAR:
+        return variable.field_path
+    return "rest" if template.segments[index] == DOUBLE_STAR else "any"
+
+
+def _singular_ending(plural: re.Match[str]) -> str:
+    return "y" if plural.group() == "ies" else ""
+
+
+def _operation_id(route: Route, seen: dict[str, int]) -> str:
+    name = f"{route.method.service.rpartition('.')[2]}_{route.method.name}"
+    seen[name] = seen.get(name, 0) + 1
+    return name if seen[name] == 1 else f"{name}{seen[name]}"
+
+
+class _Operation:
+    """Describes one route."""
+
+    def __init__(self, route: Route, contracts: Contracts, schemas: Schemas) -> None:
+        self.route, self.contracts, self.schemas = route, contracts, schemas
+        self.method, self.policy = route.method, route.method.policy
+        self.request = descriptor_of(route.method.input)
+        self.answer = descriptor_of(route.method.output)
+        self.captured = {v.field_path.partition(".")[0] for v in route.template.variables}
+
+    def describe(self, path: str, parameters: list[tuple[str, Variable]]) -> dict[str, Any]:
+        comment = self.contracts.comment(f"{self.method.service}.{self.method.name}")
+        operation: dict[str, Any] = {"tags": [self.method.service]}
+        if comment:
+            operation["summary"] = comment.split("\n\n")[0].replace("\n", " ")
+            operation["description"] = comment
+        listed = [self.path_parameter(name, variable) for name, variable in parameters]
+        listed += [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in re.findall(r"\{(\w+)\}", path)
+            if name not in {known for known, _ in parameters}
+        ]
+        operation["parameters"] = [*listed, *self.query_parameters(), *self.header_parameters()]
+        body = self.raw_body() if self.route.raw is not None else self.request_body()
+        if body is not None:
+            operation["requestBody"] = body
+        operation["responses"] = self.responses()
+        operation["security"] = self.security()
+        operation["x-rpc"] = self.method.full_name
+        return operation
+
+    # --- parameters
+
+    def path_parameter(self, name: str, variable: Variable) -> Schema:
+        schema: Schema = {"type": "string"}
+        comment = ""
+        if self.route.raw is None:
+            field = _field_at(self.request, variable.field_path)
+            comment = self.contracts.comment(field.full_name)
+            if not variable.is_multi_segment:
+                schema = self.schemas.of_field(field)
+                schema.pop("description", None)
+        parameter = {"name": name, "in": "path", "required": True, "schema": schema}
+        return _with_description(parameter, comment)
+
+    def query_parameters(self) -> Iterator[Schema]:
+        if self.route.raw is not None or self.route.body == "*":
+            return
+        skipped = self.captured | {self.route.body, REQUEST_ID_FIELD}
+        for field in self.request.fields:
+            if field.name not in skipped:
+                yield from self.parameters_of_field(field, "", 1)
+
+    def parameters_of_field(
+        self, field: FieldDescriptor, prefix: str, level: int
+    ) -> Iterator[Schema]:
+        name = prefix + (field.json_name or field.name)
+        if is_map(field):
+            if map_fields(field)[1].message_type is None:
+                schema = self.schemas.of_field(field)
+                yield {"name": name, "in": "query", "style": "deepObject", "schema": schema}
+        elif is_text_leaf(field):
+            schema = self.schemas.of_field(field)
+            comment = schema.pop("description", "")
+            parameter: Schema = {"name": name, "in": "query", "schema": schema}
+            if is_required(field) and level == 1:
+                parameter["required"] = True
+            yield _with_description(parameter, comment)
+        elif not field.is_repeated and level < QUERY_LEVELS_MAX:
+            for inner in message_type(field).fields:
+                yield from self.parameters_of_field(inner, f"{name}.", level + 1)
+
+    def header_parameters(self) -> Iterator[Schema]:
+        yield {"$ref": "#/components/parameters/RequestId"}
+        if self.policy.idempotency is Idempotency.KEYED:
+            yield {"$ref": "#/components/parameters/IdempotencyKeyRequired"}
+        elif self.policy.idempotency is Idempotency.OPTIONAL:
+            yield {"$ref": "#/components/parameters/IdempotencyKey"}
+        if self.route.raw is not None:
+            skipped = {*_HEADERS_DESCRIBED_ELSEWHERE, "idempotency-key"}
+            for name in self.route.raw.request_headers:
+                if name not in skipped:
+                    yield {"name": _header_case(name), "in": "header", "schema": {"type": "string"}}
+        elif self.method.server_streaming and CURSOR_FIELD in self.request.fields_by_name:
+            yield {"$ref": "#/components/parameters/LastEventId"}
+
+    # --- bodies
+
+    def request_body(self) -> Schema | None:
+        if not self.route.body:
+            return None
+        if self.route.body == "*":
+            skipped = self.captured | {REQUEST_ID_FIELD}
+            fields = [field for field in self.request.fields if field.name not in skipped]
+            schema = self.schemas.of_object(self.request, fields)
+            schema.pop("description", None)  # the operation's own says it
+            return _json_body(schema, required=bool(schema.get("required")))
+        field = self.request.fields_by_name[self.route.body]
+        return _json_body(self.schemas.of_field(field), required=is_required(field))
+
+    def raw_body(self) -> Schema | None:
+        if self.route.http_method in {"GET", "HEAD", "OPTIONS", "DELETE"}:
+            return None
+        return {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}}
+
+    def responses(self) -> dict[str, Any]:
+        answers: dict[str, Any] = {}
+        if self.route.raw is not None:
+            answers["2XX"] = self.raw_response()
+        else:
+            headers = {"X-Request-Id": {"$ref": "#/components/headers/XRequestId"}}
+            if self.policy.has_request_id:
+                replayed = {"$ref": "#/components/headers/IdempotencyReplayed"}
+                headers["Idempotency-Replayed"] = replayed
+            ok = {"description": "Done.", "headers": headers, "content": self.response_content()}
+            answers["200"] = ok
+        for status in self.error_statuses():
+            answers[status] = {"$ref": "#/components/responses/Problem"}
+        answers["default"] = {"$ref": "#/components/responses/Problem"}
+        return answers
+
+    def response_content(self) -> dict[str, Any]:
+        schema = self.schemas.of_message(self.answer)
+        if self.route.response_body:
+            schema = self.schemas.of_field(self.answer.fields_by_name[self.route.response_body])
+        if not self.method.server_streaming:
+            return {"application/json": {"schema": schema}}
+        return {
+            "application/x-ndjson": {
+                "schema": schema,
+                "x-stream": "One JSON document per line; an error ends the stream with a problem.",
+            },
+            "text/event-stream": {
+                "schema": schema,
+                "x-stream": f"Server-sent events ({_HTML_EVENTS}): data is the JSON document, id "
+                "its cursor; send it as Last-Event-ID to go on from there.",
+            },
+        }
+
+    def raw_response(self) -> dict[str, Any]:
+        assert self.route.raw is not None
+        names = [_header_case(name) for name in self.route.raw.response_headers]
+        answer: dict[str, Any] = {
+            "description": "Done.",
+            "headers": {name: {"schema": {"type": "string"}} for name in names},
+        }
+        if self.route.http_method != "HEAD":
+            answer["content"] = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
+        return answer
+
+    def error_statuses(self) -> list[str]:
+        statuses = ["400", "429"]
+        if self.policy.access is not Access.PUBLIC:
+            statuses += ["401", "403"]
+        if self.captured:
+            statuses.append("404")
+        if self.policy.idempotency in {Idempotency.KEYED, Idempotency.OPTIONAL}:
+            statuses += ["409", "422"]
+        return sorted(statuses)
+
+    def security(self) -> list[dict[str, list[str]]]:
+        if self.policy.access is Access.PUBLIC:
+            return []
+        return [{"bearer": sorted(self.policy.scopes)}]
+
+
+def _field_at(message: Descriptor, field_path: str) -> FieldDescriptor:
+    *parents, last = field_path.split(".")
+    for name in parents:
+        message = message_type(message.fields_by_name[name])
+    return message.fields_by_name[last]
+
+
+def _json_body(schema: Schema, *, required: bool) -> Schema:
+    return {"required": required, "content": {"application/json": {"schema": schema}}}
+
+
+def _header_case(name: str) -> str:
+    return "-".join(part.capitalize() for part in name.split("-"))
+
+
+def _with_description(thing: Schema, description: str) -> Schema:
+    return thing | {"description": description} if description else thing
+
+
+def _components(schemas: Schemas) -> dict[str, Any]:
+    key_schema = {"type": "string", "minLength": 1, "maxLength": 255}
+    key: Schema = {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "schema": key_schema,
+        "description": "Names this request: repeated, it has one effect and the same answer. "
+        "With another request it is refused (422); while the first runs, too (409).",
+    }
+    return {
+        "securitySchemes": {
+            "bearer": {
+                "type": "http",
+                "scheme": "bearer",
+                "description": "An access token (JWT) from POST /v1/sessions, or an API key.",
+            }
+        },
+        "parameters": {
+            "IdempotencyKey": key,
+            "IdempotencyKeyRequired": key | {"required": True},
+            "LastEventId": {
+                "name": "Last-Event-ID",
+                "in": "header",
+                "schema": {"type": "string"},
+                "description": "The id of the last event received: the stream goes on after it.",
+            },
+            "RequestId": {
+                "name": "X-Request-Id",
+                "in": "header",
+                "schema": {"type": "string", "maxLength": 128},
+                "description": "Taken over into the answer and the log; made up if absent.",
+            },
+        },
+        "headers": {
+            "XRequestId": {
+                "schema": {"type": "string"},
+                "description": "Finds this request in the log.",
+            },
+            "IdempotencyReplayed": {
+                "schema": {"type": "string", "enum": ["true"]},
+                "description": "This is the answer of an earlier request under the same key.",
+            },
+        },
+        "responses": {
+            "Problem": {
+                "description": "What went wrong (RFC 9457).",
+                "headers": {
+                    "Retry-After": {
+                        "schema": {"type": "integer"},
+                        "description": "Seconds after which the same request may pass.",
+                    }
+                },
+                "content": {CONTENT_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            }
+        },
+        "schemas": dict(sorted((schemas.components | {"Problem": _PROBLEM}).items())),
+    }
+
+
+_TEXT: Schema = {"type": "string"}
+_PROBLEM: Schema = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail", "code", "reason", "request_id"],
+    "properties": {
+        "type": {"type": "string", "format": "uri"},
+        "title": _TEXT,
+        "status": {"type": "integer"},
+        "detail": _TEXT,
+        "code": _TEXT | {"description": "The gRPC code's name: NOT_FOUND."},
+        "reason": _TEXT | {"description": "For programs: INSUFFICIENT_FUNDS."},
+        "request_id": _TEXT,
+        "details": {"type": "object", "additionalProperties": _TEXT},
+        "violations": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["field", "description"],
+                "properties": {
+                    "field": _TEXT | {"description": "Its path in JSON names: entries[0].amount."},
+                    "description": _TEXT,
+                    "pointer": _TEXT | {"description": "Into the body (RFC 6901): #/entries/0."},
+                },
+            },
+        },
+    },
+}
