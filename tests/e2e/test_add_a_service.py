@@ -24,7 +24,9 @@ def written_files() -> dict[str, str]:
 def followed_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this checkout in which the steps were followed."""
     tree = tmp_path_factory.mktemp("clone") / "tenfold"
-    ignored = shutil.ignore_patterns(".git", ".venv", ".tenfold", "__pycache__", ".*_cache", "*.egg-info")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", ".tenfold", "__pycache__", ".*_cache", "*.egg-info"
+    )
     shutil.copytree(ROOT, tree, ignore=ignored)
     for name, content in written_files().items():
         target = tree / name
