@@ -100,6 +100,7 @@ class Rest:
         parts = urllib.parse.urlsplit(edge_url)
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
         self.narrator = narrator
+        self.calls = 0
         self.patience_s = patience_s
 
     def connect(self, *, timeout_s: float = CALL_TIMEOUT_S) -> http.client.HTTPConnection:
@@ -144,6 +145,7 @@ class Rest:
     def _once(
         self, method: str, path: str, payload: bytes | None, headers: Mapping[str, str]
     ) -> Answer:
+        self.calls += 1
         connection = self.connect()
         try:
             connection.request(method, path, payload, dict(headers))

@@ -1,0 +1,58 @@
+"""The long fault runs: stories are told to a mesh whose processes are killed at random.
+
+    python tests/chaos/run.py --kills 30 --seed 7
+
+The seed is printed and replays the schedule. The last line is one JSON object; the exit
+code is 1 if anything was lost, doubled or out of balance.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from deploy.local.address import free_addresses
+from tests.kills import kill_at_random, told_to, violations
+from tests.mesh import running_mesh
+
+KILLS_PER_STORY = 5
+
+
+def run(*, kills: int, seed: int) -> dict[str, object]:
+    """Tell stories until so many kills were made; what the last line says of it."""
+    made, operations, found = 0, 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        edge = str(free_addresses(1)[0])
+        with running_mesh(Path(folder) / "data", edge=edge) as mesh:
+            while made < kills:
+                told = told_to(mesh)
+                told.begin()
+                wanted = min(KILLS_PER_STORY, kills - made)
+                victims = kill_at_random(told, seed=seed + made, kills=wanted, pause_s=(0.3, 2.0))
+                told.finish()
+                made += len(victims)
+                operations += told.story.rest.calls
+                found += violations(told)
+                print(f"{made} kills ({', '.join(victims)}): {found or 'nothing wrong'}")
+    what = "kill -9 of random processes during the story"
+    return {"what": what, "faults": made, "operations": operations, "violations": len(found)}
+
+
+def main() -> int:
+    """Run and report; 0 when nothing was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30, help="how many processes to kill")
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="the schedule")
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}")
+    rows = [run(kills=arguments.kills, seed=arguments.seed)]
+    print(json.dumps({"chaos": rows}))
+    return 1 if any(row["violations"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
