@@ -12,22 +12,15 @@ from uuid import UUID, uuid4
 import structlog
 
 from shared.clock import Clock, to_us
+from shared.db.leases import Lease, release_lease, renew_lease, take_lease
 from shared.db.port import Shard
 from shared.errors import TenfoldError
 
 LEASE_NAME = "mail"
 LEASE_S = 6.0
+LEASE_US = int(LEASE_S * 1e6)
 RENEW_S = LEASE_S / 3
 RELEASE_S = 1.0
-
-TAKE_LEASE = """
-INSERT INTO tenfold_lease (name, holder, token, expires_at_us) VALUES ($1, $2, 1, $3)
-ON CONFLICT (name) DO UPDATE
-SET holder = excluded.holder, token = tenfold_lease.token + 1,
-    expires_at_us = excluded.expires_at_us
-WHERE tenfold_lease.holder = excluded.holder OR tenfold_lease.expires_at_us < $4
-"""
-RELEASE_LEASE = "UPDATE tenfold_lease SET expires_at_us = 0 WHERE name = $1 AND holder = $2"
 
 _log = structlog.get_logger(__name__)
 
@@ -37,7 +30,7 @@ class ShardLease:
 
     Attributes:
         holder: this process's name for itself; what it claims carries it.
-        tenure: grows whenever the lease is gained; 0 before the first time.
+        tenure: the token of the lease; another one each time it is gained, 0 before.
     """
 
     def __init__(self, shard: Shard, *, clock: Clock) -> None:
@@ -45,6 +38,7 @@ class ShardLease:
         self.tenure = 0
         self._shard = shard
         self._clock = clock
+        self._lease: Lease | None = None
         self._held_until_s = float("-inf")
         self._gained = asyncio.Event()
 
@@ -77,20 +71,26 @@ class ShardLease:
         # Counted from before the write, so our end comes before the one others read.
         until_s = self._clock.monotonic_s() + LEASE_S
         now_us = to_us(self._clock.now())
-        until_us = now_us + int(LEASE_S * 1e6)
         async with self._shard.transaction() as tx:
-            is_ours = await tx.execute(TAKE_LEASE, LEASE_NAME, str(self.holder), until_us, now_us)
-        if is_ours:
-            self.tenure += not self.is_held
-            self._held_until_s = until_s
-            self._gained.set()
-        return bool(is_ours)
+            held = self._lease
+            if held is None or not await renew_lease(tx, held, now_us=now_us, ttl_us=LEASE_US):
+                self._lease = await take_lease(
+                    tx, LEASE_NAME, holder=str(self.holder), now_us=now_us, ttl_us=LEASE_US
+                )
+        if self._lease is None:
+            self._held_until_s = float("-inf")
+            return False
+        self.tenure = self._lease.token
+        self._held_until_s = until_s
+        self._gained.set()
+        return True
 
     async def release(self) -> None:
         """Let a successor start at once."""
         self._held_until_s = float("-inf")
-        async with self._shard.transaction() as tx:
-            await tx.execute(RELEASE_LEASE, LEASE_NAME, str(self.holder))
+        if self._lease is not None:
+            async with self._shard.transaction() as tx:
+                await release_lease(tx, self._lease)
 
 
 async def _at_the_end(work: Awaitable[None]) -> None:

@@ -5,7 +5,7 @@ after its own. So nothing is buffered: a slow reader is read for later, and one 
 falls too far behind is told to list the inbox again.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -84,7 +84,7 @@ class InboxWatch:
         self._clock = clock
         self._poll_s = poll_s
 
-    async def run(self, tenant: str, owner: UUID, cursor: str) -> AsyncIterator[InboxChange]:
+    async def run(self, tenant: str, owner: UUID, cursor: str) -> AsyncGenerator[InboxChange, None]:
         """Yield the inbox's changes after the cursor until closed.
 
         The first message comes at once and says where the stream starts.
@@ -107,7 +107,7 @@ class InboxWatch:
 
     async def _follow(
         self, tenant: str, owner: UUID, position: int, waiter: Waiter
-    ) -> AsyncIterator[InboxChange]:
+    ) -> AsyncGenerator[InboxChange, None]:
         heard_at_s = self._clock.monotonic_s()
         while True:
             changes = await self._next(tenant, owner, position)

@@ -3,9 +3,16 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from aiosmtpd.smtp import SMTP, Envelope, Session
+
+from shared.db.port import Shards
+from shared.db.sqlite import open_sqlite_shards
+from tests.fakes import ManualClock
+
+MIGRATIONS = Path(__file__).parents[4] / "services/notification/migrations"
 
 
 @dataclass
@@ -137,3 +144,15 @@ def eventually() -> Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]:
                 await asyncio.sleep(0.02)
 
     return check
+
+
+@pytest.fixture
+async def shards(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Shards]:
+    async with open_sqlite_shards(
+        tmp_path / "notification",
+        migrations=MIGRATIONS,
+        shard_count=2,
+        secret=b"s" * 32,
+        clock=clock,
+    ) as opened:
+        yield opened
