@@ -26,7 +26,7 @@ _TOKENS = re.compile(
 )
 OWNED_STATES = "('ACTIVE', 'MOVING', 'FENCED')"
 WRITABLE_STATES = "('ACTIVE', 'MOVING')"
-_STATEMENTS_CACHED_MAX = 2048
+STATEMENTS_CACHED_MAX = 2048
 
 
 def _hex_digit(column: str, position: int) -> str:
@@ -54,7 +54,7 @@ def _replace(match: re.Match[str]) -> str:
     return ""  # FOR UPDATE: the writer is alone
 
 
-@lru_cache(_STATEMENTS_CACHED_MAX)
+@lru_cache(STATEMENTS_CACHED_MAX)
 def to_sqlite(sql: str) -> str:
     """The statement as SQLite reads it: $1 as ?1, macros expanded, FOR UPDATE dropped."""
     return _TOKENS.sub(_replace, sql)

@@ -18,7 +18,7 @@ import aiosqlite
 
 from shared.db.errors import BucketNotAdmitted, ConstraintViolation, UniqueViolation
 from shared.db.port import Row
-from shared.db.sql import to_sqlite, to_sqlite_value
+from shared.db.sql import STATEMENTS_CACHED_MAX, to_sqlite, to_sqlite_value
 from shared.errors import DeadlineExceeded, TenfoldError, Unavailable
 
 Synchronous = Literal["FULL", "NORMAL"]
@@ -116,6 +116,8 @@ class Connection:
             for table in self.schema.tenant_tables & words:
                 if _ANY_TENANT not in lowered:
                     raise ValueError(f"this statement uses {table} for no tenant: {sql}")
+        if len(self._checked) >= STATEMENTS_CACHED_MAX:
+            self._checked.clear()
         self._checked.add(sql)
 
     def _rows(self, rows: Sequence[sqlite3.Row]) -> list[Row]:
