@@ -81,6 +81,8 @@ class Upstreams:
 class Channels:
     """One channel per target, made at the first use, inside the running loop.
 
+    `upstreams` may be replaced while none of its channels has been made yet.
+
     Args:
         upstreams: where each service is.
         identity: signs this process's own calls; None sends no identity of its own.
@@ -100,7 +102,7 @@ class Channels:
         ping_timeout_s: float = PING_TIMEOUT_S,
         checks_health: bool = True,
     ) -> None:
-        self._upstreams = upstreams
+        self.upstreams = upstreams
         self._identity = identity
         self._policies = contract_policies() if policies is None else policies
         self._calls_max = calls_max
@@ -124,7 +126,7 @@ class Channels:
 
     def channel(self, service: str) -> "Channel":
         """The channel that reaches a service, by its full name, for a generated stub."""
-        target = self._upstreams.target_of(service)
+        target = self.upstreams.target_of(service)
         channel = self._channels.get(target)
         if channel is None:
             raw = grpc.aio.insecure_channel(target, options=self._options)
