@@ -30,6 +30,7 @@ from services.notification.domain import (
 )
 from services.notification.events import timestamp_of
 from services.notification.store import LAST_ID, InboxStore
+from services.notification.wake import InboxSignal
 from services.notification.watch import InboxChange, InboxWatch, cursor_of_position
 from shared.clock import Clock
 from shared.db.paging import PageScope, open_page_token, page_size_of, seal_page_token
@@ -59,10 +60,17 @@ class NotificationHandler:
     """Serves InboxService and DeliveryService: everything is the caller's own."""
 
     def __init__(
-        self, store: InboxStore, *, watch: InboxWatch, page_secret: bytes, clock: Clock
+        self,
+        store: InboxStore,
+        *,
+        watch: InboxWatch,
+        signal: InboxSignal,
+        page_secret: bytes,
+        clock: Clock,
     ) -> None:
         self._store = store
         self._watch = watch
+        self._signal = signal
         self._page_secret = page_secret
         self._clock = clock
 
@@ -100,7 +108,9 @@ class NotificationHandler:
         """Repeatable: the first reading counts."""
         tenant, owner = _inbox_of(context.principal)
         item_id, now = item_id_of_name(request.name), self._clock.now()
-        return item_to_proto(await self._store.mark_read(tenant, owner, item_id, now=now))
+        item = await self._store.mark_read(tenant, owner, item_id, now=now)
+        self._signal.ring(tenant, owner)
+        return item_to_proto(item)
 
     async def ListDeliveries(
         self, request: ListDeliveriesRequest, context: Context
