@@ -15,7 +15,8 @@ from deploy.local.child import die_with
 from deploy.local.data_folder import DataFolder, children_of, launcher_of
 from deploy.local.errors import LaunchError
 from deploy.local.processes import memory_bytes
-from deploy.settings import load_settings, require_known, value_of
+from deploy.settings import PREFIX, load_settings, require_known, value_of
+from shared.config import ConfigError, ProcessConfig, load
 
 DOWN_TIMEOUT_S = 45.0  # Above the sum of what the launcher gives its children.
 EDGE_SETTING = "TENFOLD_EDGE_LISTEN"
@@ -76,6 +77,10 @@ def up(
         raise LaunchError(f"There is no profile '{profile}': use 'embedded'.")
     settings = load_settings()
     require_known(os.environ, settings)
+    try:
+        load(ProcessConfig, PREFIX, os.environ)
+    except ConfigError as error:
+        raise LaunchError(str(error)) from error
     address = edge or value_of(EDGE_SETTING, os.environ, settings)
     launch = Launch(
         data=_data_path(data),

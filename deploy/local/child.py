@@ -3,7 +3,8 @@
     python -I -S child.py PARENT_PID USER PROGRAM [ARGUMENT...]
 
 USER is "-" to stay who we are, or "UID:GID". It runs alone, on the standard library:
-importing the project would double the start-up time of every child.
+importing the project would double the start-up time of every child (which is also why it
+does not use shared.supervision).
 """
 
 import ctypes

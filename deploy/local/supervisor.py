@@ -61,6 +61,7 @@ class Child:
     was_ready: bool = False
     restarts: int = 0
     failed_starts: int = 0
+    log_offset: int = 0
     deaths: deque[float] = field(default_factory=deque)
 
 
@@ -129,6 +130,7 @@ class Supervisor:
         program = child.program
         command = [sys.executable, "-I", "-S", str(WRAPPER), str(os.getpid()), "-", *program.argv]
         with _open_log(self._logs / f"{program.name}.log") as log:
+            child.log_offset = log.tell()
             child.process = await asyncio.create_subprocess_exec(
                 *command,
                 env=self._environment_of(child),
@@ -185,8 +187,11 @@ class Supervisor:
 
     def _obituary(self, child: Child, code: int) -> str:
         log = self._logs / f"{child.program.name}.log"
+        lines = tail_of(log, since=child.log_offset)
+        if not child.was_ready and is_one_sentence(lines):
+            return lines[-1]  # It refused a setting, or the machine refused it something.
         times = f", {len(child.deaths)} times in a minute" if child.was_ready else ""
-        tail = "\n".join(f"  | {line}" for line in tail_of(log))
+        tail = "\n".join(f"  | {line}" for line in lines)
         return (
             f"{child.program.name} ended ({describe_exit(code)}){times}; the end of {log}:\n{tail}"
         )
@@ -266,15 +271,26 @@ def describe_exit(code: int) -> str:
         return f"signal {-code}"
 
 
-def tail_of(log: Path) -> list[str]:
-    """The last lines of a log, few enough to read."""
+def tail_of(log: Path, *, since: int = 0) -> list[str]:
+    """The last lines of a log, few enough to read.
+
+    Args:
+        log: the file; none is an empty one.
+        since: the offset before which the lines are an earlier run's.
+    """
     try:
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
+            file.seek(max(since, log.stat().st_size - LOG_TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return []
     return lines[-LOG_TAIL_LINES:]
+
+
+def is_one_sentence(lines: list[str]) -> bool:
+    """Whether a program's last words are meant for the operator: no traceback, no log record."""
+    told = [line for line in lines if not line.startswith("{")]
+    return len(told) == 1 and told[0] == lines[-1]
 
 
 def end_group(child: Child) -> None:
