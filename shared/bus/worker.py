@@ -318,14 +318,16 @@ class _Worker:
             return await message.term()
         while True:
             try:
-                await self._apply_or_bury(event, deliveries)
+                # A task of its own: a failed transaction leaves the writer a moment after its
+                # task has heard of it, and a task that seems to hold the writer is refused.
+                await asyncio.create_task(self._apply_or_bury(event, deliveries))
             except WAIT_AND_RETRY as error:
-                _log.info("bus.retry", event=str(event.id), error=repr(error))
+                _log.info("bus.retry", event_id=str(event.id), error=repr(error))
                 if deliveries < rules.POISON_AT:
                     return await self._try_later(message, deliveries)
                 await self._hold(message)
             except Exception as error:
-                _log.warning("bus.failed", event=str(event.id), error=repr(error))
+                _log.warning("bus.failed", event_id=str(event.id), error=repr(error))
                 return await self._try_later(message, deliveries)
             else:
                 COMMITTED_NOT_ACKED.visit()
@@ -343,8 +345,9 @@ class _Worker:
             except Exception as error:
                 if deliveries < rules.POISON_AT:
                     raise
-                _log.error("bus.dead_letter", event=str(event.id), exc_info=error)
-                await self._bury(event, deliveries, f"{type(error).__name__}: {error}")
+                _log.error("bus.dead_letter", event_id=str(event.id), error=repr(error))
+                text = f"{type(error).__name__}: {error}"
+                await asyncio.create_task(self._bury(event, deliveries, text))
 
     async def _apply(self, event: Event, *, accepts_gap: bool) -> None:
         async with self._shards.bucket(event.bucket).transaction() as tx:
@@ -384,7 +387,7 @@ class _Worker:
                 raise gap
             # The predecessor is neither coming nor buried: the stream lost it, or this
             # consumer is younger than the stream's memory. Go on, and say so.
-            _log.error("bus.gap_accepted", event=str(event.id), gap=str(gap))
+            _log.error("bus.gap_accepted", event_id=str(event.id), gap=str(gap))
         await tx.execute(ADVANCE_POSITION, *key, event.event_no)
         return True
 
@@ -462,7 +465,7 @@ class _Worker:
         stored = await self._bus.stored_message(stream, sequence)
         if stored is not None:
             event = event_of(str(stored.subject), stored.headers or {}, stored.data or b"")
-            _log.error("bus.given_up", event=str(event.id))
+            _log.error("bus.given_up", event_id=str(event.id))
             await self._bury(event, int(str(advisory["deliveries"])), "given up by the server")
 
     async def give_back(self) -> None:

@@ -55,7 +55,12 @@ async def test_a_job_is_done_once_and_leaves_the_queue(bus, eventually):
 
         await eventually(is_empty)
     [job] = done
-    assert (job.payload, job.bucket, job.name, job.delivery_count) == (b"payload", 7, "transcode", 1)
+    assert (job.payload, job.bucket, job.name, job.delivery_count) == (
+        b"payload",
+        7,
+        "transcode",
+        1,
+    )
 
 
 async def test_a_job_longer_than_ack_wait_is_not_given_to_a_second_worker(bus, eventually):
