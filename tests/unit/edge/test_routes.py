@@ -1,0 +1,175 @@
+import time
+
+import pytest
+
+from edge.contracts import ContractError, Contracts, load_contracts
+from edge.routes import Match, NoMatch, RouteTable
+from shared.errors import InvalidRequest
+
+
+def called(table, method, path):
+    """The method's own name and the captures, or the allowed methods of no match."""
+    found = table.match(method, path)
+    if isinstance(found, Match):
+        return found.route.method.name, found.captures
+    return found.allowed_methods
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("GET", "/v1/things/x", ("Get", {"text": "x"})),
+        ("GET", "/v1/things/special", ("Special", {})),
+        ("POST", "/v1/things/special", ("SpecialPost", {})),
+        ("PURGE", "/v1/things/special", ("Purge", {"text": "special"})),
+        ("GET", "/v1/inners/i/things/5", ("Get", {"inner.text": "i", "an_int64": "5"})),
+        ("GET", "/v1/shelves/a/books/b", ("Named", {"text": "shelves/a/books/b"})),
+        ("GET", "/v1/files", ("Files", {"text": ""})),
+        ("GET", "/v1/files/a/b/c", ("Files", {"text": "a/b/c"})),
+        ("GET", "/v1/files/a/b:stat", ("FilesVerb", {"text": "a/b"})),
+        ("GET", "/v1/files:stat", ("FilesVerb", {"text": ""})),
+        ("POST", "/v1/things/x:check", ("Check", {"text": "x"})),
+        ("LOCK", "/v1/open/caf%c3%a9", ("AnyMethod", {})),
+        ("PUT", "/v1/inners/i", ("Replace", {"inner.text": "inners/i"})),
+    ],
+)
+def test_the_most_specific_route_answers(everything_table, method, path, expected):
+    assert called(everything_table, method, path) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/things/a%2Fb", {"text": "a/b"}),
+        ("/v1/things/a%3Acheck", {"text": "a:check"}),
+        ("/v1/things/a:other", {"text": "a:other"}),
+        ("/v1/things/a%20b+c", {"text": "a b+c"}),
+        ("/v1/things/%C3%BC", {"text": "ü"}),
+        ("/v1/th%69ngs/x", {"text": "x"}),
+        ("/v1/files/a%2fb/c%3Fd", {"text": "a%2fb/c?d"}),
+        ("/v1/shelves/%2e/books/b", None),
+        ("/v1/things/..", None),
+        ("/v1/things/%2E%2e", None),
+        ("/v1/things/", None),
+        ("/v1//things/x", None),
+        ("/v1/files/a//b", None),
+        ("/v1/things/x/", None),
+        ("/v1/Things/x", None),
+        ("*", None),
+        ("", None),
+        ("/v1/things/" + "x" * 9000, None),
+        ("/" * 8192, None),
+    ],
+)
+def test_segments_are_split_before_they_are_decoded(everything_table, path, expected):
+    found = everything_table.match("GET", path.encode())
+    assert (found.captures if isinstance(found, Match) else None) == expected
+    if expected is None:
+        assert found == NoMatch()
+
+
+@pytest.mark.parametrize("part", ["%ff", "%C0%80", "%ED%A0%80", "a%00b"])
+def test_a_capture_that_is_no_text_is_refused_by_name(everything_table, part):
+    with pytest.raises(InvalidRequest) as caught:
+        everything_table.match("GET", f"/v1/things/{part}")
+    assert caught.value.violations[0].field == "text"
+
+
+def test_a_wrong_method_learns_which_are_allowed(everything_table):
+    assert called(everything_table, "DELETE", "/v1/things/special") == ("GET", "POST", "PURGE")
+    assert called(everything_table, "GET", "/v1/nothing") == ()
+
+
+def test_a_path_with_a_declared_verb_is_never_read_without_it(everything_table):
+    assert called(everything_table, "GET", "/v1/things/x:check") == ("POST",)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ['get: "/v1/{a}"', 'get: "/v1/{b}"'],
+        ['get: "/v1/x"', 'get: "/v1/x"'],
+        ['get: "/v1/{a=**}"', 'get: "/v1/**"'],
+        ['get: "/v1/%78"', 'get: "/v1/x"'],
+        ['get: "/v1/{a}:do"', 'get: "/v1/*:do"'],
+        ['custom: {kind: "get" path: "/v1/x"}', 'get: "/v1/x"'],
+    ],
+)
+def test_two_routes_that_match_alike_are_refused_and_both_named(table_of, rules):
+    with pytest.raises(ContractError, match=r"conflict.*t\.S/M0.*t\.S/M1"):
+        table_of(*rules)
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        ('get: "/v1/{r}"', "repeated"),
+        ('get: "/v1/{m}"', "repeated"),
+        ('get: "/v1/{q}"', "message"),
+        ('get: "/v1/{q.r}"', "repeated"),
+        ('get: "/v1/{a.b}"', "no message"),
+        ('get: "/v1/{nothing}"', "no field"),
+        ('post: "/v1/x" body: "nothing"', "body 'nothing' is no field"),
+        ('post: "/v1/x" body: "q.a"', "is no field"),
+        ('post: "/v1/x" response_body: "nothing"', "is no field"),
+        ('get: "/v1/{a=**}/x"', "last segment"),
+        ('body: "*"', "names no path"),
+        (
+            'get: "/x" additional_bindings: {get: "/y" additional_bindings: {get: "/z"}}',
+            "must not be nested",
+        ),
+    ],
+)
+def test_a_rule_that_does_not_fit_its_message_is_refused_by_method(table_of, rule, why):
+    with pytest.raises(ContractError, match=rf"t\.S/M0.*{why}"):
+        table_of(rule)
+
+
+def test_the_same_path_may_differ_by_method_or_verb(table_of):
+    table = table_of('get: "/v1/x"', 'post: "/v1/x"', 'get: "/v1/x:do"', 'get: "/v1/{a}"')
+    assert len(table.routes) == 4
+
+
+def test_a_path_without_its_method_falls_back_to_a_less_specific_one(table_of):
+    table = table_of('post: "/v1/x/y"', 'get: "/v1/{a}/y"', 'get: "/v1/{a=**}"')
+    assert called(table, "GET", "/v1/x/y") == ("M1", {"a": "x"})
+    assert called(table, "GET", "/v1/x/z") == ("M2", {"a": "x/z"})
+    assert called(table, "POST", "/v1/x/y") == ("M0", {})
+
+
+def test_matching_a_hostile_path_stays_cheap(everything_table):
+    started = time.perf_counter()
+    for path in ["/" + "a/" * 4000, "/v1/files" + "/%41" * 2000, "/v1/things/" + ":" * 8000]:
+        everything_table.match("GET", path)
+    assert time.perf_counter() - started < 0.1
+
+
+def test_our_contracts_have_routes_and_mesh_internal_methods_none():
+    contracts = load_contracts()
+    table = RouteTable.of_contracts(contracts)
+    routed = {route.method.name for route in table.routes}
+    assert {"TransferFunds", "SignUp", "PatchTusUpload", "WatchInbox"} <= routed
+    assert not {"ResolveApiKey", "WatchRevocations"} & routed
+
+
+def test_raw_bindings_capture_their_variables():
+    table = RouteTable.of_contracts(load_contracts())
+    found = table.match("PATCH", "/v1/files/0190-abc")
+    assert found.route.raw is not None
+    assert found.captures == {"upload": "0190-abc"}
+
+
+def test_contracts_whose_imports_are_missing_are_refused_by_file():
+    file_set = load_contracts().file_set
+    lonely = type(file_set)(file=[f for f in file_set.file if "ledger_service" in f.name])
+    with pytest.raises(ContractError, match="ledger_service"):
+        Contracts(lonely)
+
+
+def test_comments_are_found_by_full_name():
+    contracts = load_contracts()
+    assert contracts.comment("tenfold.common.v1.Money") == (
+        "An amount of one currency, in its minor unit."
+    )
+    assert "buf:lint" not in contracts.comment("tenfold.media.v1.UploadService.CreateTusUpload")
+    assert contracts.comment("tenfold.nothing") == ""
