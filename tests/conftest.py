@@ -75,9 +75,12 @@ def start_mesh(tmp_path: Path) -> StartMesh:
         tree: Path = ROOT,
         environ: Mapping[str, str] | None = None,
         edge: str = "127.0.0.1:0",
+        environ_of_start: Mapping[str, str] | None = None,
     ) -> AbstractContextManager[Mesh]:
         folder = data or tmp_path / f"mesh-{next(numbers)}"
-        return running_mesh(folder, tree=tree, environ=environ, edge=edge)
+        return running_mesh(
+            folder, tree=tree, environ=environ, edge=edge, environ_of_start=environ_of_start
+        )
 
     return start
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import httpx
 
 from deploy.local.data_folder import DataFolder, children_of, launcher_of
+from deploy.local.embedded import SERVICES_SETTING
 from deploy.local.processes import ProcessMark, family
 from deploy.local.program import Program
 from deploy.local.supervisor import WRAPPER
@@ -64,7 +65,8 @@ class Mesh:
     ) -> None:
         self.data = data
         self.tree = tree
-        self._environ = dict(os.environ if environ is None else environ)
+        # With port 0 for the services, meshes on chosen edge ports run side by side, too.
+        self._environ = {SERVICES_SETTING: "127.0.0.1:0", **(environ or os.environ)}
         self._edge = edge
         self._folder = DataFolder(data)
         self._process: subprocess.Popen[bytes] | None = None
@@ -143,10 +145,19 @@ class Mesh:
         return children_of(self.state)[name]
 
     def kill(self, name: str) -> None:
-        """SIGKILL one child; the launcher starts it again."""
-        child = self.child(name)
-        os.kill(child.pid, signal.SIGKILL)
-        wait_until_gone([child])
+        """SIGKILL one child; the launcher has noticed, and starts it again."""
+
+        def running() -> ProcessMark | None:
+            child = self.child(name)
+            return child if child.is_alive else None
+
+        def is_noticed() -> bool:
+            return self.child(name) != killed or not self.state["children"][name]["ready"]
+
+        killed = poll_until(running, timeout_s=READY_TIMEOUT_S, what=name)
+        os.kill(killed.pid, signal.SIGKILL)
+        wait_until_gone([killed])
+        poll_until(is_noticed, timeout_s=GONE_TIMEOUT_S, what=f"the end of {name} in state.json")
 
     def kill_all(self) -> None:
         """SIGKILL the launcher, as a crash of the machine would; everything ends with it."""
@@ -203,11 +214,20 @@ def running_mesh(
     tree: Path = ROOT,
     environ: Mapping[str, str] | None = None,
     edge: str = "127.0.0.1:0",
+    environ_of_start: Mapping[str, str] | None = None,
 ) -> Iterator[Mesh]:
-    """A ready mesh; nothing of it is left afterwards."""
+    """A ready mesh; nothing of it is left afterwards.
+
+    Args:
+        data: its data folder; what an earlier mesh left there is found again.
+        tree: the checkout whose code it runs.
+        environ: all of its variables; ours by default.
+        edge: HOST:PORT; give a port if it must stay the same over restarts.
+        environ_of_start: further variables of the first start alone.
+    """
     mesh = Mesh(data, tree=tree, environ=environ, edge=edge)
     try:
-        mesh.start()
+        mesh.start(environ=environ_of_start)
         yield mesh
     finally:
         mesh.close()

@@ -45,8 +45,8 @@ class Patience:
     ready_timeout_s: float = 60.0
     restart_first_s: float = 0.1
     restart_max_s: float = 5.0
-    failed_starts_max: int = 6
-    deaths_max: int = 20
+    failed_starts_max: int = 8
+    deaths_max: int = 40
     deaths_within_s: float = 60.0
 
 
