@@ -1,0 +1,107 @@
+"""EdgeConfig: every setting of the edge, its unit, its default. Read from TENFOLD_EDGE_*."""
+
+from dataclasses import dataclass, field
+
+from edge.quota import Quota
+
+
+@dataclass(frozen=True)
+class EdgeConfig:
+    """How the edge listens, what it lets in, and how long it waits."""
+
+    listen: str = field(
+        default="127.0.0.1:8080",
+        metadata={"help": "host and port for REST; port 0 picks a free one"},
+    )
+    descriptors: str = field(
+        default="",
+        metadata={"help": "a FileDescriptorSet to serve instead of Tenfold's own contracts"},
+    )
+    public_url: str = field(
+        default="",
+        metadata={"help": "scheme and host that clients use; empty takes them from the request"},
+    )
+    trusted_hops: int = field(
+        default=0, metadata={"help": "proxies in front that append to X-Forwarded-For", "min": 0}
+    )
+    cors_origins: str = field(
+        default="", metadata={"help": "origins of web pages that may call, comma-separated"}
+    )
+    body_bytes_max: int = field(
+        default=1024 * 1024, metadata={"help": "largest JSON body", "unit": "bytes", "min": 1}
+    )
+    body_timeout_s: float = field(
+        default=30.0,
+        metadata={
+            "help": "for a JSON body; for an upload, its longest pause",
+            "unit": "s",
+            "min": 0.1,
+        },
+    )
+    head_timeout_s: float = field(
+        default=10.0, metadata={"help": "for a request's headers", "unit": "s", "min": 0.1}
+    )
+    keep_alive_s: float = field(
+        default=75.0,
+        metadata={"help": "how long an idle connection is kept", "unit": "s", "min": 0.1},
+    )
+    requests_max: int = field(
+        default=2000, metadata={"help": "requests in flight, streams included", "min": 1}
+    )
+    connections_per_address_max: int = field(
+        default=2048, metadata={"help": "open connections from one address", "min": 1}
+    )
+    streams_per_caller_max: int = field(
+        default=100, metadata={"help": "open streams of one caller", "min": 1}
+    )
+    heartbeat_s: float = field(
+        default=15.0, metadata={"help": "longest silence in a stream", "unit": "s", "min": 0.1}
+    )
+    api_points_per_s: float = field(
+        default=600.0, metadata={"help": 'refill of the quota "api", per credential', "min": 0.001}
+    )
+    api_burst_points: int = field(
+        default=1200, metadata={"help": 'what the quota "api" holds', "min": 1}
+    )
+    login_points_per_minute: float = field(
+        default=60.0,
+        metadata={"help": 'refill of the quota "login", per address block', "min": 0.001},
+    )
+    login_burst_points: int = field(
+        default=60, metadata={"help": 'what the quota "login" holds', "min": 1}
+    )
+    address_points_per_s: float = field(
+        default=5000.0, metadata={"help": "requests of one address block to one edge", "min": 1}
+    )
+    edge_count: int = field(
+        default=1, metadata={"help": "edges that share each quota while Valkey is away", "min": 1}
+    )
+    revocations_stale_s: float = field(
+        default=60.0,
+        metadata={
+            "help": "after this long without auth's feed no credential is believed",
+            "unit": "s",
+            "min": 0.1,
+        },
+    )
+    drain_s: float = field(
+        default=10.0,
+        metadata={"help": "what requests in flight get at a stop", "unit": "s", "min": 0.1},
+    )
+
+    @property
+    def origins(self) -> frozenset[str]:
+        """cors_origins, one by one."""
+        return frozenset(filter(None, (part.strip() for part in self.cors_origins.split(","))))
+
+    def quotas(self) -> dict[str, Quota]:
+        """The quotas that contracts may name, by bucket."""
+        return {
+            "api": Quota("api", self.api_burst_points, 1 / self.api_points_per_s),
+            "login": Quota("login", self.login_burst_points, 60 / self.login_points_per_minute),
+        }
+
+    def address_quota(self) -> Quota:
+        """What one address block may ask of this edge: two seconds' worth at once."""
+        burst_points = max(1, round(2 * self.address_points_per_s))
+        return Quota("address", burst_points, 1 / self.address_points_per_s)

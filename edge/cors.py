@@ -1,0 +1,91 @@
+"""Which web pages may call: an allow-list of origins, empty by default.
+
+No credentials mode: the edge reads bearer credentials only, which a page must add itself,
+so there is no cookie that another site could make a browser send.
+"""
+
+from edge.exchange import Exchange, HeaderList
+from edge.routes import Match, NoMatch, Route, RouteTable
+
+PREFLIGHT_MAX_AGE_S = 600
+ALLOWED_HEADERS = (
+    "authorization",
+    "content-type",
+    "grpc-timeout",
+    "idempotency-key",
+    "last-event-id",
+    "traceparent",
+    "x-request-id",
+)
+EXPOSED_HEADERS = (
+    "idempotency-replayed",
+    "ratelimit",
+    "ratelimit-policy",
+    "retry-after",
+    "x-request-id",
+)
+
+
+class Cors:
+    """Answers preflights from the route table.
+
+    Args:
+        origins: exact origins, "https://app.example.com"; nothing else is ever allowed.
+        routes: what exists.
+    """
+
+    def __init__(self, origins: frozenset[str], routes: RouteTable) -> None:
+        self._origins = origins
+        self._routes = routes
+
+    def answer_headers(self, exchange: Exchange) -> HeaderList:
+        """What an ordinary answer to this origin carries."""
+        if not self._origins:
+            return []
+        origin = self._allowed_origin(exchange)
+        vary = (b"vary", b"origin")
+        if origin is None:
+            return [vary]
+        exposed = [*EXPOSED_HEADERS, *_raw_headers(exchange.route, is_request=False)]
+        return [
+            vary,
+            (b"access-control-allow-origin", origin),
+            (b"access-control-expose-headers", ", ".join(exposed).encode()),
+        ]
+
+    def preflight_headers(self, exchange: Exchange) -> HeaderList | None:
+        """What a preflight is answered with; None if its origin or its path is not allowed."""
+        method = exchange.header("access-control-request-method").upper()
+        origin = self._allowed_origin(exchange)
+        found = self._routes.match(method, exchange.raw_path)
+        if origin is None or isinstance(found, NoMatch):
+            return None
+        assert isinstance(found, Match)
+        allowed = [*ALLOWED_HEADERS, *_raw_headers(found.route, is_request=True)]
+        return [
+            (b"vary", b"origin"),
+            (b"access-control-allow-origin", origin),
+            (b"access-control-allow-methods", method.encode()),
+            (b"access-control-allow-headers", ", ".join(allowed).encode()),
+            (b"access-control-max-age", b"%d" % PREFLIGHT_MAX_AGE_S),
+        ]
+
+    def _allowed_origin(self, exchange: Exchange) -> bytes | None:
+        origin = exchange.headers.get(b"origin", b"")
+        return origin if origin.decode("latin-1") in self._origins else None
+
+
+def is_preflight(exchange: Exchange) -> bool:
+    """Whether a browser asks if it may ask (Fetch §4.8)."""
+    headers = exchange.headers
+    return (
+        exchange.method == "OPTIONS"
+        and b"origin" in headers
+        and b"access-control-request-method" in headers
+    )
+
+
+def _raw_headers(route: Route | None, *, is_request: bool) -> list[str]:
+    if route is None or route.raw is None:
+        return []
+    return list(route.raw.request_headers if is_request else route.raw.response_headers)

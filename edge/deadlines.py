@@ -1,0 +1,28 @@
+"""How long a call may take: the contract's default, or what the client asks for, capped."""
+
+import re
+
+from edge.refusals import HttpRefusal
+
+# gRPC over HTTP/2: TimeoutValue is at most eight digits.
+_TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
+_UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+
+
+def timeout_of(header: str, *, default_s: float, max_s: float) -> float:
+    """Seconds that a call may take.
+
+    Args:
+        header: the value of grpc-timeout, "" if absent: "500m", "10S".
+        default_s: without a header.
+        max_s: the contract's cap.
+
+    Raises:
+        HttpRefusal: the header is malformed.
+    """
+    if not header:
+        return min(default_s, max_s)
+    match = _TIMEOUT.fullmatch(header)
+    if match is None:
+        raise HttpRefusal('grpc-timeout is digits and one of H, M, S, m, u, n: "500m".')
+    return min(int(match.group(1)) * _UNIT_S[match.group(2)], max_s)

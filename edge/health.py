@@ -1,0 +1,56 @@
+"""Is this edge alive, and are all services behind it serving?"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+
+from edge.upstream import ChannelSource
+from shared.errors import TenfoldError
+
+CHECK_TIMEOUT_S = 1.0
+# Anyone may ask, and each answer costs one call per service.
+ANSWER_CACHE_S = 0.25
+
+
+class Readiness:
+    """Asks every upstream service for its health.
+
+    Args:
+        channels: where the services are.
+        services: full names of the gRPC services that must serve.
+        own: further conditions of this process: name -> whether it holds.
+    """
+
+    def __init__(
+        self,
+        channels: ChannelSource,
+        services: Iterable[str],
+        own: dict[str, Callable[[], bool]],
+    ) -> None:
+        self._channels = channels
+        self._services = sorted(services)
+        self._own = own
+        self._lock = asyncio.Lock()
+        self._asked_at_s = float("-inf")
+        self._missing: list[str] = []
+
+    async def missing(self) -> list[str]:
+        """The names of what is not ready; empty when everything is."""
+        async with self._lock:
+            if time.monotonic() >= self._asked_at_s + ANSWER_CACHE_S:
+                answers = await asyncio.gather(*map(self._is_serving, self._services))
+                pairs = zip(self._services, answers, strict=True)
+                self._missing = [name for name, is_serving in pairs if not is_serving]
+                self._asked_at_s = time.monotonic()
+        return self._missing + [name for name, holds in self._own.items() if not holds()]
+
+    async def _is_serving(self, service: str) -> bool:
+        stub = health_pb2_grpc.HealthStub(self._channels.channel(service))
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            answer = await stub.Check(request, timeout=CHECK_TIMEOUT_S)
+        except TenfoldError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -1,0 +1,178 @@
+"""Calls to the services, by descriptor: no stub of any service is imported.
+
+Every call carries a deadline, the caller's signed identity, the request id and the trace.
+Nothing else of the request crosses: headers from outside are never metadata, except what a
+raw binding lists.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from google.protobuf.message import Message
+
+from edge.contracts import MethodInfo
+from shared.errors import TenfoldError
+from shared.identity import IDENTITY_METADATA_KEY, Principal
+from shared.rpc.context import REPLAYED_METADATA
+from shared.rpc.interceptors import REQUEST_ID_KEY
+
+TRACE_KEY = "traceparent"
+
+
+class Signer(Protocol):
+    """Turns a principal into the token that services verify."""
+
+    def token_for(self, principal: Principal) -> str:
+        """A signed token, valid for about a minute."""
+        ...
+
+
+class ChannelSource(Protocol):
+    """Where channels come from: see shared.rpc.client.Channels, whose calls raise our errors."""
+
+    def channel(self, service: str) -> Any:  # noqa: ANN401 - as grpc's own multi-callables
+        """The channel to whoever serves this service, by its full name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What travels beside the message.
+
+    Attributes:
+        principal: who asks.
+        timeout_s: what is left of the deadline, more than 0.
+        request_id: for logs and error answers of every hop.
+        traceparent: the W3C trace context, or "".
+        extra: more metadata, for raw bindings.
+    """
+
+    principal: Principal
+    timeout_s: float
+    request_id: str
+    traceparent: str = ""
+    extra: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A unary answer.
+
+    Attributes:
+        message: what the service answered.
+        is_replayed: the effect was not repeated; an earlier answer was.
+    """
+
+    message: Message
+    is_replayed: bool
+
+
+class Upstream:
+    """The services behind this edge.
+
+    Args:
+        channels: one channel per process behind it.
+        signer: makes identity tokens; None sends none, for servers that know none.
+    """
+
+    def __init__(self, channels: ChannelSource, signer: Signer | None) -> None:
+        self._channels = channels
+        self._signer = signer
+        self._starts: dict[str, Any] = {}
+
+    async def unary(self, method: MethodInfo, request: Message, caller: Caller) -> Reply:
+        """Call a unary method.
+
+        Raises:
+            TenfoldError: what the service, or the way there, refused.
+        """
+        call = self._start(method)(
+            request, timeout=caller.timeout_s, metadata=self._metadata(caller)
+        )
+        message = await call
+        name, value = REPLAYED_METADATA
+        return Reply(message, (await call.trailing_metadata()).get(name) == value)
+
+    def stream(self, method: MethodInfo, request: Message, caller: Caller) -> "UpstreamStream":
+        """Start a server-streaming call; whoever starts it cancels it in the end."""
+        call = self._start(method)(
+            request, timeout=caller.timeout_s, metadata=self._metadata(caller)
+        )
+        return UpstreamStream(call)
+
+    def bidirectional(self, method: MethodInfo, caller: Caller) -> "UpstreamRawCall":
+        """Start a bidirectional call; whoever starts it cancels it in the end."""
+        call = self._start(method)(timeout=caller.timeout_s, metadata=self._metadata(caller))
+        return UpstreamRawCall(call)
+
+    def _metadata(self, caller: Caller) -> list[tuple[str, str]]:
+        metadata = [(REQUEST_ID_KEY, caller.request_id), *caller.extra]
+        if caller.traceparent:
+            metadata.append((TRACE_KEY, caller.traceparent))
+        if self._signer is not None:
+            metadata.append((IDENTITY_METADATA_KEY, self._signer.token_for(caller.principal)))
+        return metadata
+
+    def _start(self, method: MethodInfo) -> Any:  # noqa: ANN401 - grpc's own multi-callable
+        start = self._starts.get(method.full_name)
+        if start is None:
+            channel = self._channels.channel(method.service)
+            kinds = {
+                (False, False): channel.unary_unary,
+                (False, True): channel.unary_stream,
+                (True, True): channel.stream_stream,
+            }
+            start = kinds[method.client_streaming, method.server_streaming](
+                method.full_name,
+                request_serializer=method.input.SerializeToString,
+                response_deserializer=method.output.FromString,
+            )
+            self._starts[method.full_name] = start
+        return start
+
+
+class UpstreamStream:
+    """See streams.MessageStream."""
+
+    def __init__(self, call: Any) -> None:  # noqa: ANN401 - grpc's own call
+        self._call = call
+
+    async def read(self) -> Message | None:
+        """See streams.MessageStream.read."""
+        message = await self._call.read()
+        return message if isinstance(message, Message) else None  # else it is grpc.aio.EOF
+
+    def cancel(self) -> None:
+        """See streams.MessageStream.cancel."""
+        self._call.cancel()
+
+
+class UpstreamRawCall(UpstreamStream):
+    """See raw.RawCall."""
+
+    async def write(self, message: Message) -> bool:
+        """See raw.RawCall.write."""
+        # grpc.aio cancels the call when a write is cancelled, but the answer to an early end
+        # of the body is still to be read: the shield keeps the two apart.
+        return await asyncio.shield(self._write(message))
+
+    async def _write(self, message: Message) -> bool:
+        try:
+            await self._call.write(message)
+        except TenfoldError:
+            return False  # the call is over; `read` says how
+        return True
+
+    async def done_writing(self) -> None:
+        """See raw.RawCall.done_writing."""
+        try:
+            await self._call.done_writing()
+        except TenfoldError:
+            return  # as above
+
+    async def initial_metadata(self) -> Mapping[str, str]:
+        """See raw.RawCall.initial_metadata."""
+        metadata = await self._call.initial_metadata()
+        return {key: value for key, value in metadata.items() if isinstance(value, str)}

@@ -1,0 +1,199 @@
+"""The only place that chooses the edge's implementations."""
+
+import asyncio
+import importlib.metadata
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import orjson
+from google.protobuf.message import DecodeError
+
+from edge.app import Document, EdgeApp, Limits, Parts
+from edge.auth import ApiKeys, Authenticator, SigningKeys, has_valid_checksum
+from edge.auth_client import EndingRevocations, RpcAuthClient
+from edge.charges import Charges
+from edge.config import EdgeConfig
+from edge.contracts import ContractError, Contracts, load_contracts
+from edge.cors import Cors
+from edge.docs import docs_files
+from edge.health import Readiness
+from edge.openapi import openapi_document
+from edge.quota_store import (
+    FallbackQuotaStore,
+    LocalQuotaStore,
+    QuotaStore,
+    ValkeyQuotaStore,
+    open_valkey,
+)
+from edge.routes import RouteTable
+from edge.streams import OpenStreams
+from edge.transcode import plan_of
+from edge.upstream import Upstream
+from shared.clock import Clock
+from shared.identity import AccessTokenVerifier, CredentialRevoked, IdentitySigner
+from shared.identity_feed import run_revocation_feed
+from shared.lifecycle import Loop
+from shared.rpc.client import Channels, Upstreams
+
+OPENAPI_PATH = b"/openapi.json"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the edge finds around it.
+
+    Attributes:
+        upstreams: where each service is.
+        signer: signs identities as "edge"; None fronts a server that knows no identities, so
+            that the edge takes no credentials and lets every method be called.
+        valkey_url: where quotas are counted for all edges.
+        clock: where time comes from.
+    """
+
+    upstreams: Upstreams
+    signer: IdentitySigner | None
+    valkey_url: str
+    clock: Clock
+
+
+@asynccontextmanager
+async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[EdgeApp]:
+    """The app with everything it needs, running; leaving closes it.
+
+    Raises:
+        ContractError: the contracts cannot be served.
+    """
+    contracts = _contracts(config)
+    routes = RouteTable.of_contracts(contracts)
+    for route in routes.routes:
+        plan_of(route)  # compiled now, so that no request pays
+    open_streams = OpenStreams(config.streams_per_caller_max)
+    methods = tuple(contracts.methods())
+    async with AsyncExitStack() as stack:
+        channels = Channels(
+            around.upstreams,
+            around.signer,
+            policies={method.full_name: method.policy for method in methods},
+            checks_health=around.signer is not None,
+        )
+        stack.push_async_callback(channels.close)
+        store = await _quota_store(stack, config, around)
+        authenticator = None
+        if around.signer is not None:
+            authenticator = await _authenticator(stack, config, around, channels, open_streams)
+        yield EdgeApp(
+            Parts(
+                routes=routes,
+                upstream=Upstream(channels, around.signer),
+                charges=Charges(store, config.quotas(), routes.routes),
+                addresses=LocalQuotaStore(around.clock),
+                limits=_limits(config),
+                cors=Cors(config.origins, routes),
+                readiness=Readiness(
+                    channels,
+                    {method.service for method in methods} if around.signer else (),
+                    _own_conditions(authenticator),
+                ),
+                open_streams=open_streams,
+                documents=_documents(routes, contracts),
+                authenticator=authenticator,
+                public_url=config.public_url.rstrip("/"),
+                trusted_hops=config.trusted_hops,
+            )
+        )
+
+
+async def _quota_store(
+    stack: AsyncExitStack, config: EdgeConfig, around: Surroundings
+) -> QuotaStore:
+    client = await stack.enter_async_context(open_valkey(around.valkey_url))
+    return FallbackQuotaStore(
+        ValkeyQuotaStore(client),
+        LocalQuotaStore(around.clock),
+        edge_count=config.edge_count,
+        clock=around.clock,
+    )
+
+
+async def _authenticator(
+    stack: AsyncExitStack,
+    config: EdgeConfig,
+    around: Surroundings,
+    channels: Channels,
+    open_streams: OpenStreams,
+) -> Authenticator:
+    def end_streams(credential: str) -> None:
+        open_streams.end(credential, CredentialRevoked("The session or key has ended."))
+
+    client, clock = RpcAuthClient(channels), around.clock
+    revocations = EndingRevocations(end_streams, clock=clock)
+    tokens = AccessTokenVerifier(revocations=revocations, clock=clock)
+    signing_keys = SigningKeys(client, tokens, clock)
+    await stack.enter_async_context(
+        _running(partial(run_revocation_feed, channels, revocations), signing_keys.run)
+    )
+    return Authenticator(
+        tokens=tokens,
+        signing_keys=signing_keys,
+        api_keys=ApiKeys(
+            client.resolve_api_key,
+            has_valid_checksum=has_valid_checksum,
+            revocations=revocations,
+            clock=clock,
+        ),
+        revocations=revocations,
+        revocations_stale_s=config.revocations_stale_s,
+    )
+
+
+@asynccontextmanager
+async def _running(*loops: Loop) -> AsyncIterator[None]:
+    """Run loops beside what is inside; if one fails, all of it ends and the error surfaces."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(loop()) for loop in loops]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def _contracts(config: EdgeConfig) -> Contracts:
+    if not config.descriptors:
+        return load_contracts()
+    path = Path(config.descriptors)
+    try:
+        return Contracts.of_bytes(path.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise ContractError(f"TENFOLD_EDGE_DESCRIPTORS={path} cannot be read: {error}") from error
+
+
+def _limits(config: EdgeConfig) -> Limits:
+    return Limits(
+        body_bytes_max=config.body_bytes_max,
+        body_timeout_s=config.body_timeout_s,
+        requests_max=config.requests_max,
+        address=config.address_quota(),
+        heartbeat_s=config.heartbeat_s,
+    )
+
+
+def _own_conditions(authenticator: Authenticator | None) -> dict[str, Callable[[], bool]]:
+    if authenticator is None:
+        return {}
+    return {"edge (revocations, signing keys)": lambda: authenticator.is_ready}
+
+
+def _documents(routes: RouteTable, contracts: Contracts) -> dict[bytes, Document]:
+    """The OpenAPI document and the reference, made once."""
+    version = importlib.metadata.version("tenfold")
+    openapi = openapi_document(routes, contracts, title="Tenfold", version=version)
+    headers = ((b"content-type", b"application/json"), (b"cache-control", b"no-cache"))
+    documents = {OPENAPI_PATH: Document(headers, orjson.dumps(openapi))}
+    for path, file in docs_files().items():
+        pairs = tuple((name.encode(), value.encode()) for name, value in file.headers.items())
+        documents[path.encode()] = Document(pairs, file.body)
+    return documents
