@@ -1,0 +1,49 @@
+"""The only place that chooses implementations for payment."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+from tenfold.ledger.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_to_server
+
+from services.payment.config import PaymentConfig
+from services.payment.handler import LedgerHandler
+from services.payment.store import SqlLedgerStore
+from shared.bus.outbox import run_relay
+from shared.config import load
+from shared.db.sqlite import open_sqlite_shards
+from shared.lifecycle import Registration, Service
+from shared.runtime import Runtime
+
+NAME = "payment"
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+@asynccontextmanager
+async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
+    """Open payment's shards and give what is to be served.
+
+    Raises:
+        DatabaseRefused: its data cannot be served; the sentence says why.
+        ConfigError: a TENFOLD_PAYMENT_… variable is wrong.
+    """
+    config = load(PaymentConfig, "TENFOLD_PAYMENT_", runtime.environ)
+    async with open_sqlite_shards(
+        runtime.folder_of(NAME),
+        migrations=MIGRATIONS,
+        shard_count=config.shard_count,
+        owned_by_first=True,
+        synchronous="FULL",  # an acknowledged transfer survives a power cut
+        secret=runtime.secret,
+        clock=runtime.clock,
+        service=NAME,
+    ) as shards:
+        store = SqlLedgerStore(shards, runtime.clock)
+        await store.verify(entries_max=config.verify_entries_max)
+        handler = LedgerHandler(store, page_secret=runtime.secret, clock=runtime.clock)
+        yield Service(
+            name=NAME,
+            registrations=[Registration(add_LedgerServiceServicer_to_server, handler)],
+            loops=[partial(run_relay, shards, runtime.bus, service=NAME, clock=runtime.clock)],
+        )
