@@ -6,6 +6,7 @@ back. Order of registration never matters; two routes that can not be told apart
 refused when the table is built.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
@@ -24,6 +25,7 @@ from shared.errors import InvalidRequest
 PATH_BYTES_MAX = 8192
 ANY_METHOD = "*"
 
+_BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _DOT_SEGMENTS = (b".", b"..")
 
 
@@ -125,12 +127,15 @@ class RouteTable:
             that path declares is always read with the verb.
 
         Raises:
-            InvalidRequest: a captured part does not decode to UTF-8 text, or holds NUL.
+            InvalidRequest: the path is not percent-encoded, or a captured part does not decode to
+                UTF-8 text, or holds NUL.
         """
         path = raw_path.encode() if isinstance(raw_path, str) else raw_path
         if len(path) > PATH_BYTES_MAX or not path.startswith(b"/"):
             return NoMatch()
         raw = path[1:].split(b"/")
+        if b"%" in path and _BROKEN_ESCAPE.search(path):
+            raise InvalidRequest("The path is not percent-encoded (RFC 3986, section 2.1).")
         decoded = [unquote_to_bytes(s) for s in raw] if b"%" in path else raw
         # RFC 3986 6.2.2.3: a client removes dot segments before it sends; "%2e" is no disguise.
         if any(segment in _DOT_SEGMENTS for segment in decoded):

@@ -75,6 +75,12 @@ def test_a_capture_that_is_no_text_is_refused_by_name(everything_table, part):
     assert caught.value.violations[0].field == "text"
 
 
+@pytest.mark.parametrize("part", ["%", "%4", "%zz", "a%%41"])
+def test_a_broken_escape_is_refused_and_not_taken_literally(everything_table, part):
+    with pytest.raises(InvalidRequest, match="percent-encoded"):
+        everything_table.match("GET", f"/v1/things/{part}")
+
+
 def test_a_wrong_method_learns_which_are_allowed(everything_table):
     assert called(everything_table, "DELETE", "/v1/things/special") == ("GET", "POST", "PURGE")
     assert called(everything_table, "GET", "/v1/nothing") == ()

@@ -1,0 +1,238 @@
+import time
+
+import orjson
+import pytest
+
+from edge.contracts import load_contracts
+from edge.routes import RouteTable
+from edge.transcode import http_body_of, request_message, response_json, set_request_id
+from shared.errors import Internal, InvalidRequest
+
+
+@pytest.fixture
+def call(everything_table):
+    """Makes the request message of an HTTP request, as the edge does."""
+
+    def make(method, target, body=b"", **options):
+        path, _, query = target.partition("?")
+        found = everything_table.match(method, path)
+        return request_message(found.route, found.captures, query.encode(), body, **options)
+
+    return make
+
+
+def refused(call, *request):
+    """The field that a refused request names, and why."""
+    with pytest.raises(InvalidRequest) as caught:
+        call(*request)
+    violation = caught.value.violations[0]
+    assert caught.value.message == f"{violation.field}: {violation.description}"
+    return violation.field
+
+
+@pytest.mark.parametrize(
+    ("query", "field", "value"),
+    [
+        ("anInt64=5", "an_int64", 5),
+        ("an_int64=-5", "an_int64", -5),
+        ("flag=true", "flag", True),
+        ("color=COLOR_RED", "color", 1),
+        ("color=-1", "color", -1),
+        ("aDouble=1e3", "a_double", 1000.0),
+        ("aDouble=-Infinity", "a_double", float("-inf")),
+        ("data=-_8", "data", b"\xfb\xff"),
+        ("maybeText=", "maybe_text", ""),
+        ("otherName=a+b%2Bc%20d", "custom_named", "a b+c d"),
+        ("otherName=%C3%BC", "custom_named", "ü"),
+        ("otherName=a=b", "custom_named", "a=b"),
+        ("otherName", "custom_named", ""),
+        ("&&otherName=x&", "custom_named", "x"),
+        ("texts=a&texts=b&texts=", "texts", ["a", "b", ""]),
+        ("int64s=1&int64s=2", "int64s", [1, 2]),
+        ("colors=COLOR_RED&colors=5", "colors", [1, 5]),
+        ("labels[a]=x&labels[b.c]=y&labels%5Bd%5D=z", "labels", {"a": "x", "b.c": "y", "d": "z"}),
+        ("countByFlag[true]=1", "count_by_flag", {True: 1}),
+        ("choiceInt64=7", "choice_int64", 7),
+    ],
+)
+def test_query_parameters_fill_fields(call, query, field, value):
+    got = getattr(call("GET", f"/v1/things/x?{query}"), field)
+    assert (dict(got) if isinstance(value, dict) else got) == value
+
+
+def test_nested_and_well_known_parameters_fill_messages(call):
+    query = (
+        "inner.text=a&inner.inner.bigNumber=7&time=2026-01-01T00:00:00Z&length=1.5s"
+        "&mask=fooBar,baz&stringWrapper=w&int64Wrapper=9&boolWrapper=false"
+        "&times=1970-01-01T00:00:01Z&stringWrappers=p"
+    )
+    message = call("GET", f"/v1/things/x?{query}")
+    assert (message.inner.text, message.inner.inner.big_number) == ("a", 7)
+    assert message.time.seconds == 1767225600
+    assert (message.length.seconds, message.length.nanos) == (1, 500_000_000)
+    assert list(message.mask.paths) == ["foo_bar", "baz"]
+    assert (message.string_wrapper.value, message.int64_wrapper.value) == ("w", 9)
+    assert message.HasField("bool_wrapper")
+    assert not message.bool_wrapper.value
+    assert message.times[0].seconds == 1
+    assert message.string_wrappers[0].value == "p"
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ("nothing=1", "nothing"),
+        ("inner.nothing=1", "inner.nothing"),
+        ("otherName.x=1", "otherName.x"),
+        ("inner=x", "inner"),
+        ("inners=x", "inners"),
+        ("inners.text=x", "inners.text"),
+        ("struct=%7B%7D", "struct"),
+        ("value=1", "value"),
+        ("any=x", "any"),
+        ("time.seconds=1", "time.seconds"),
+        ("labels=x", "labels"),
+        ("labels[a=x", "labels[a"),
+        ("labels[a]=x&labels[a]=y", "labels[a]"),
+        ("texts[0]=x", "texts[0]"),
+        ("innerByNumber[1]=x", "innerByNumber[1]"),
+        ("countByFlag[yes]=1", "countByFlag[yes]"),
+        ("anInt64=", "anInt64"),
+        ("anInt64=1.5", "anInt64"),
+        ("anInt64=9223372036854775808", "anInt64"),
+        ("anInt64=1&anInt64=1", "anInt64"),
+        ("anInt64=1&an_int64=1", "anInt64"),
+        ("flag=1", "flag"),
+        ("flag=TRUE", "flag"),
+        ("color=RED", "color"),
+        ("int64s=1&int64s=x", "int64s"),
+        ("text=x", "text"),
+        ("otherName=%", "otherName"),
+        ("otherName=%4", "otherName"),
+        ("otherName=%gg", "otherName"),
+        ("otherName=%ff", "otherName"),
+        ("otherName=%00", "otherName"),
+        ("%ff=1", "a parameter's name"),
+        ("choiceText=a&choiceInt64=1", "choiceInt64"),
+        ("choiceText=a&choiceInner.text=b", "choiceInner.text"),
+        (".".join(["inner"] * 1000) + ".text=x", ("inner." * 11)[:64]),
+        ("inner..text=x", "inner..text"),
+        ("=x", ""),
+    ],
+)
+def test_a_wrong_query_parameter_is_refused_by_its_json_name(call, query, field):
+    if not field:  # a parameter without a name has none to tell
+        with pytest.raises(InvalidRequest):
+            call("GET", f"/v1/things/x?{query}")
+        return
+    assert refused(call, "GET", f"/v1/things/x?{query}") == field
+
+
+@pytest.mark.parametrize("query", ["a=1&" * 100_000, "texts=&" * 100_000, "&" * 100_000])
+def test_100_000_parameters_are_refused_at_once(call, query):
+    started = time.perf_counter()
+    with pytest.raises(InvalidRequest, match="more than 1000 parameters"):
+        call("GET", f"/v1/things/x?{query}")
+    assert time.perf_counter() - started < 0.05
+
+
+def test_the_body_takes_what_the_path_leaves(call):
+    message = call("POST", "/v1/things/x:check", b'{"anInt64": "5", "inner": {"text": "y"}}')
+    assert (message.text, message.an_int64, message.inner.text) == ("x", 5, "y")
+    assert call("POST", "/v1/things/x:check").text == "x"
+
+
+def test_a_body_field_is_the_document_itself(call):
+    message = call("PUT", "/v1/inners/i?text=t&anInt64=3", b'{"bigNumber": "7"}')
+    assert (message.inner.text, message.inner.big_number) == ("inners/i", 7)
+    assert (message.text, message.an_int64) == ("t", 3)
+    assert call("POST", "/v1/texts", b'["a", "b"]').texts == ["a", "b"]
+
+
+def test_a_body_may_repeat_the_path_and_not_contradict_it(call):
+    assert call("POST", "/v1/things/x:check", b'{"text": "x"}').text == "x"
+    assert call("PUT", "/v1/inners/i", b'{"text": "inners/i"}').inner.text == "inners/i"
+    assert refused(call, "POST", "/v1/things/x:check", b'{"text": "y"}') == "text"
+    assert refused(call, "PUT", "/v1/inners/i", b'{"text": "y"}') == "inner.text"
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (("POST", "/v1/things/x:check?anInt64=5", b"{}"), "anInt64"),
+        (("PUT", "/v1/inners/i?inner.bigNumber=5", b"{}"), "inner.bigNumber"),
+        (("PUT", "/v1/inners/i", b'{"bigNumber": true}'), "inner.bigNumber"),
+        (("PUT", "/v1/inners/i", b"[]"), "inner"),
+        (("POST", "/v1/texts", b'["a", 5]'), "texts[1]"),
+        (("POST", "/v1/texts?texts=a", b"[]"), "texts"),
+        (("GET", "/v1/inners/i/things/x",), "anInt64"),
+        (("GET", "/v1/inners/i/things/5?inner.text=j",), "inner.text"),
+        (("POST", "/v1/things/x:check", b'{"inner": {"nothing": 1}}'), "inner.nothing"),
+    ],
+)  # fmt: skip
+def test_a_field_belongs_to_one_part_of_the_request(call, request_, field):
+    assert refused(call, *request_) == field
+
+
+@pytest.mark.parametrize(
+    ("request_", "why"),
+    [
+        (("GET", "/v1/things/x", b"{}"), "must have no body"),
+        (("POST", "/v1/things/x:check", b"[]"), "must be an object"),
+        (("POST", "/v1/things/x:check", b"{}{}"), "not valid JSON"),
+        (("POST", "/v1/things/x:check", b"null"), "must be an object"),
+    ],
+)
+def test_a_body_that_is_wrong_as_a_whole_is_refused_without_a_field(call, request_, why):
+    with pytest.raises(InvalidRequest, match=why) as caught:
+        call(*request_)
+    assert not caught.value.violations
+
+
+def test_nothing_decoded_twice_reaches_the_message(call):
+    assert call("GET", "/v1/things/%2541").text == "%41"
+    assert call("GET", "/v1/things/x?otherName=%2541").custom_named == "%41"
+
+
+def test_an_http_body_is_taken_as_it_is(call):
+    message = call("POST", "/v1/uploads", b"\x00\xff", content_type="image/png")
+    assert (message.content_type, message.data) == ("image/png", b"\x00\xff")
+
+
+def test_an_http_body_is_answered_as_it_is(everything_table):
+    route = everything_table.match("GET", "/v1/files/a").route
+    answer = route.method.output(content_type="image/png", data=b"\x00")
+    assert http_body_of(route, answer) == ("image/png", b"\x00")
+    other = everything_table.match("GET", "/v1/things/a").route
+    assert http_body_of(other, other.method.output()) is None
+
+
+def test_response_body_is_the_field_alone(everything_table):
+    put = everything_table.match("PUT", "/v1/inners/i").route
+    answer = put.method.output(inner={"text": "x"})
+    assert orjson.loads(response_json(put, answer)) == {"text": "x", "bigNumber": "0", "many": []}
+    texts = everything_table.match("POST", "/v1/texts").route
+    assert response_json(texts, texts.method.output(texts=["a"])) == b'["a"]'
+
+
+def test_an_answer_that_json_cannot_hold_is_our_error(everything_table):
+    route = everything_table.match("GET", "/v1/things/x").route
+    answer = route.method.output(time={"seconds": 10**12})
+    with pytest.raises(Internal, match="Timestamp"):
+        response_json(route, answer)
+
+
+def test_the_idempotency_key_becomes_the_request_id(call):
+    message = call("POST", "/v1/things/x:check", b'{"requestId": "k"}')
+    set_request_id(message, "k")
+    assert message.request_id == "k"
+    with pytest.raises(InvalidRequest, match="Idempotency-Key"):
+        set_request_id(message, "other")
+
+
+def test_our_generated_messages_are_written_too():
+    from tenfold.ledger.v1.ledger_pb2 import Account
+
+    route = RouteTable.of_contracts(load_contracts()).match("GET", "/v1/accounts/a").route
+    written = orjson.loads(response_json(route, Account(name="accounts/a", normal_side=2)))
+    assert written["normalSide"] == "SIDE_CREDIT"
