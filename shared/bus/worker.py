@@ -64,6 +64,7 @@ ACK_PENDING_MAX = 1000
 """More than the slots of one process: messages that wait for their next try count too."""
 
 APPLY_S = 20.0
+WAITING_KEYS_MAX = 10_000
 HOLD_PAUSE_S = 5.0
 ERROR_CHARACTERS_MAX = 1000
 GIVE_BACK_S = 1.0
@@ -271,6 +272,8 @@ class _Worker:
         self._clock = clock
         self._wanted = {message.DESCRIPTOR.full_name for message in subscription.messages}
         self._slots = Slots(LANE_COUNT * PREFETCH_PER_LANE)
+        self._waiting: dict[tuple[int, str], int] = {}
+        """The lowest event of an aggregate that failed here and will come again."""
         self._advisories: asyncio.Queue[Msg] = asyncio.Queue()
         self.lanes: list[asyncio.Queue[Msg]] = [asyncio.Queue() for _ in range(LANE_COUNT)]
 
@@ -328,9 +331,11 @@ class _Worker:
                 await self._hold(message)
             except Exception as error:
                 _log.warning("bus.failed", event_id=str(event.id), error=repr(error))
+                self._note_waiting(event)
                 return await self._try_later(message, deliveries)
             else:
                 COMMITTED_NOT_ACKED.visit()
+                self._forget_waiting(event)
                 return await message.ack()
 
     async def _apply_or_bury(self, event: Event, deliveries: int) -> None:
@@ -338,8 +343,11 @@ class _Worker:
         async with asyncio.timeout(APPLY_S):
             if deliveries > rules.LAST_RUN_AT:
                 return await self._bury(event, deliveries, "it ended every worker that ran it")
+            is_last_try = deliveries >= rules.POISON_AT
             try:
-                await self._apply(event, accepts_gap=deliveries >= rules.POISON_AT)
+                await self._apply(event, accepts_gap=is_last_try and self._is_foremost(event))
+            except EventGap:
+                raise  # its predecessor is still being tried here: no fault of this event
             except WAIT_AND_RETRY:
                 raise
             except Exception as error:
@@ -348,6 +356,22 @@ class _Worker:
                 _log.error("bus.dead_letter", event_id=str(event.id), error=repr(error))
                 text = f"{type(error).__name__}: {error}"
                 await asyncio.create_task(self._bury(event, deliveries, text))
+
+    def _note_waiting(self, event: Event) -> None:
+        if len(self._waiting) >= WAITING_KEYS_MAX:
+            self._waiting.clear()  # only a hint: the worst is that an event is parked
+        key = (event.bucket, event.aggregate)
+        self._waiting[key] = min(event.event_no, self._waiting.get(key, event.event_no))
+
+    def _is_foremost(self, event: Event) -> bool:
+        """Whether no earlier event of the aggregate is being tried again in this process."""
+        key = (event.bucket, event.aggregate)
+        return self._waiting.get(key, event.event_no) >= event.event_no
+
+    def _forget_waiting(self, event: Event) -> None:
+        key = (event.bucket, event.aggregate)
+        if self._waiting.get(key, 0) == event.event_no:
+            del self._waiting[key]
 
     async def _apply(self, event: Event, *, accepts_gap: bool) -> None:
         async with self._shards.bucket(event.bucket).transaction() as tx:
