@@ -45,10 +45,10 @@ demo: $(READY) ## against a running mesh: the story of one user, narrated
 	@exec $(BIN)/tenfold demo $(ARGS)
 
 bench-%: $(READY) ## a benchmark; its last line is one JSON object
-	@exec $(BIN)/python tests/bench/bench_$(subst -,_,$*).py $(ARGS)
+	@exec $(BIN)/python -m tests.bench.bench_$(subst -,_,$*) $(ARGS)
 
 chaos: $(READY) ## the long fault runs; the last line is one JSON object
-	@exec $(BIN)/python tests/chaos/run.py $(ARGS)
+	@exec $(BIN)/python -m tests.chaos.run $(ARGS)
 
 clean: ## remove the environment and every cache; data folders stay
 	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -28,7 +28,7 @@ POLL_S = 0.05
 T = TypeVar("T")
 
 
-def poll_until(ask: Callable[[], T], *, timeout_s: float, what: str) -> T:
+def poll_until(ask: Callable[[], T | None], *, timeout_s: float, what: str) -> T:
     """The first true answer; AssertionError naming what did not come in time."""
     deadline_s = time.monotonic() + timeout_s
     while not (answer := ask()):
