@@ -39,6 +39,7 @@ class Context:
         "metadata",
         "method",
         "principal",
+        "reached_handler",
         "request_id",
     )
 
@@ -58,6 +59,7 @@ class Context:
         self.identity_token = ""
         self.deadline_s = 0.0
         self.has_ended_by_server = False
+        self.reached_handler = False
         self.is_replayed = False
         self.awaits_message = False
         self._rpc = rpc

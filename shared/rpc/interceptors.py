@@ -181,6 +181,7 @@ class _Guarded:
 
     async def _answer(self, call: Context, rpc: Any, timer: asyncio.Timeout) -> Any:  # noqa: ANN401
         request = await self._admit(call, rpc, timer)
+        call.reached_handler = True
         try:
             return await self._behaviour(request, call)
         finally:
@@ -193,6 +194,7 @@ class _Guarded:
         timer: asyncio.Timeout,
     ) -> None:
         request = await self._admit(call, rpc, timer)
+        call.reached_handler = True
         try:
             async with aclosing(self._behaviour(request, call)) as answers:
                 async for answer in answers:
@@ -335,6 +337,7 @@ class _Guarded:
             "request_id": call.request_id,
             "principal": call.principal.kind.value,
             "tenant": call.principal.tenant,
+            "handled": call.reached_handler,
         }
         if reason:
             fields["reason"] = reason
