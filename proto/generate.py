@@ -7,6 +7,7 @@ buf/validate from the file descriptor that protovalidate carries.
 
 import argparse
 import filecmp
+import os
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,9 @@ def run_protoc(descriptor_set: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", "grpc_tools.protoc"]
     command += [f"--descriptor_set_in={descriptor_set}"]
     command += [f"-I{PROTO_FOLDER}", f"-I{SITE_PACKAGES}", f"-I{WELL_KNOWN_FOLDER}"]
-    subprocess.run([*command, *arguments], check=True)
+    # protoc looks for its plug-ins on the path; the environment need not be activated.
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    subprocess.run([*command, *arguments], check=True, env={**os.environ, "PATH": path})
 
 
 def generate(target: Path) -> None:
