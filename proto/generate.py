@@ -16,8 +16,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from google.protobuf import descriptor_pb2, descriptor_pool
-from google.protobuf import duration_pb2, field_mask_pb2, timestamp_pb2
+from google.protobuf import (
+    descriptor_pb2,
+    descriptor_pool,
+    duration_pb2,
+    field_mask_pb2,
+    timestamp_pb2,
+)
 
 PROTO_FOLDER = Path(__file__).resolve().parent
 GEN_FOLDER = PROTO_FOLDER / "gen"
@@ -61,12 +66,14 @@ def generate(target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         descriptor_set = Path(scratch) / "validate.binpb"
         descriptor_set.write_bytes(validate_descriptors().SerializeToString(deterministic=True))
-        out = [f"--python_out={target}", f"--mypy_out={target}"]
+        out = [f"--python_out={target}", f"--mypy_out=quiet:{target}"]
         run_protoc(descriptor_set, *out, VALIDATE_PROTO)
-        out += [f"--grpc_python_out={target}", f"--mypy_grpc_out={target}"]
+        out += [f"--grpc_python_out={target}", f"--mypy_grpc_out=quiet:{target}"]
         run_protoc(descriptor_set, *out, *contract_files())
         image = [f"--descriptor_set_out={target / 'tenfold' / 'contracts.binpb'}"]
-        run_protoc(descriptor_set, *image, "--include_imports", "--include_source_info", *contract_files())
+        run_protoc(
+            descriptor_set, *image, "--include_imports", "--include_source_info", *contract_files()
+        )
     drop_empty_grpc_stubs(target)
 
 
@@ -80,8 +87,14 @@ def drop_empty_grpc_stubs(target: Path) -> None:
 
 def differing(left: Path, right: Path) -> Iterator[str]:
     """Files that one side lacks or that differ, relative to the folder."""
-    names = {p.relative_to(left) for p in left.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
-    names |= {p.relative_to(right) for p in right.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    names = {
+        p.relative_to(left) for p in left.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    }
+    names |= {
+        p.relative_to(right)
+        for p in right.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
     for name in sorted(names):
         both = (left / name).is_file() and (right / name).is_file()
         if not both or not filecmp.cmp(left / name, right / name, shallow=False):
@@ -91,7 +104,9 @@ def differing(left: Path, right: Path) -> Iterator[str]:
 def main() -> int:
     """Regenerate, or with --check compare; 0 when gen/ is fresh afterwards."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if proto/gen is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail if proto/gen is stale"
+    )
     check_only = parser.parse_args().check
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch) / "gen"
@@ -99,7 +114,10 @@ def main() -> int:
         stale = list(differing(fresh, GEN_FOLDER)) if GEN_FOLDER.is_dir() else ["proto/gen"]
         if check_only:
             for name in stale:
-                print(f"proto/gen/{name} is stale: run 'make stubs' and commit the result", file=sys.stderr)
+                print(
+                    f"proto/gen/{name} is stale: run 'make stubs' and commit the result",
+                    file=sys.stderr,
+                )
             return 1 if stale else 0
         if stale:
             shutil.rmtree(GEN_FOLDER, ignore_errors=True)
