@@ -23,8 +23,14 @@ from google.protobuf.message_factory import GetMessageClass
 
 from edge import well_known
 from edge.fields import AnyMessage, JsonValue, is_map, map_fields
-from edge.json_text import Wrong, parse_json
-from edge.scalars import encode_map_key, map_key_decoder, scalar_decoder, scalar_encoder
+from edge.json_text import InexactNumberError, Wrong, parse_json
+from edge.scalars import (
+    decode_string,
+    encode_map_key,
+    map_key_decoder,
+    scalar_decoder,
+    scalar_encoder,
+)
 from edge.well_known import Into, ToJson
 
 # An Any inside an Any inside ...: each level is a message of its own, beyond protobuf's limit.
@@ -73,7 +79,7 @@ class MessageCodec:
             Wrong: text is no JSON, or does not fit the message; its path names the field.
         """
         message = self.message_class()
-        self.into(message, parse_json(text))
+        read_json(self.into, message, text)
         return message
 
     def json_of_message(self, message: Message) -> bytes:
@@ -141,30 +147,29 @@ class Codecs:
     # --- JSON -> message
 
     def _object_decoder(self, descriptor: Descriptor, any_level: int) -> Into:
-        setters = {f.json_name: self._setter(f, any_level) for f in descriptor.fields}
+        # By each spelling; the second one knows the first, under which errors are told.
+        setters: dict[str, tuple[Setter, str | None]] = {}
+        for field in descriptor.fields:
+            setters[field.json_name or field.name] = self._setter(field, any_level), None
         for field in descriptor.fields:
             if field.name not in setters:
-                setters[field.name] = setters[field.json_name]
-        second_names: dict[str, str] = {
-            field.name: field.json_name or field.name
-            for field in descriptor.fields
-            if field.name != field.json_name
-        }
+                first_name = field.json_name or field.name
+                setters[field.name] = setters[first_name][0], first_name
 
         def into(message: AnyMessage, value: JsonValue) -> None:
             if type(value) is not dict:
                 raise Wrong("must be an object")
             for key, item in value.items():
-                setter = setters.get(key)
-                if setter is None:
+                entry = setters.get(key)
+                if entry is None:
                     raise Wrong("is no field of this message", key)
-                first_name: str = second_names.get(key) or key
-                if first_name is not key and first_name in value:
+                setter, first_name = entry
+                if first_name is not None and first_name in value:
                     raise Wrong(f"is given twice, as {key} too", first_name)
                 try:
                     setter(message, item)
                 except Wrong as wrong:
-                    raise wrong.within(first_name) from None
+                    raise wrong.within(first_name or key) from None
 
         return into
 
@@ -184,6 +189,8 @@ class Codecs:
         name, takes_null = field.name, _takes_null(field)
         if field.message_type is None:
             decode = scalar_decoder(field)
+            if field.type == FieldDescriptor.TYPE_STRING:
+                return _string_setter(name)
 
             def set_scalar(message: AnyMessage, value: JsonValue) -> None:
                 if value is not None or takes_null:
@@ -372,6 +379,19 @@ class Codecs:
         return into, to_json
 
 
+def read_json(into: Into, message: AnyMessage, text: bytes) -> None:
+    """Fill an empty message from one JSON document.
+
+    Raises:
+        Wrong: text is no JSON, or does not fit.
+    """
+    try:
+        into(message, parse_json(text))
+    except InexactNumberError:
+        message.Clear()
+        into(message, parse_json(text, exact=True))
+
+
 def _any_content(codec: MessageCodec, value: dict[str, Any]) -> JsonValue:
     """The JSON of the message inside an Any: beside "@type", or under "value"."""
     rest = {key: item for key, item in value.items() if key != "@type"}
@@ -405,6 +425,17 @@ def _only_member(oneof: str, setter: Setter, *, takes_null: bool) -> Setter:
         setter(message, value)
 
     return set_member
+
+
+def _string_setter(name: str) -> Setter:
+    def set_string(message: AnyMessage, value: JsonValue) -> None:
+        # The usual field of the usual message: one call less.
+        if type(value) is str and "\0" not in value:
+            setattr(message, name, value)
+        elif value is not None:
+            decode_string(value)
+
+    return set_string
 
 
 def _repeated_scalar_setter(name: str, decode: Callable[[Any], Any]) -> Setter:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 
-from swagger_ui_bundle import swagger_ui_path  # type: ignore[import-untyped] # it has no types
+from swagger_ui_bundle import swagger_ui_path
 
 DOCS_PATH = "/docs"
 OPENAPI_PATH = "/openapi.json"

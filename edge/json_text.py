@@ -2,8 +2,8 @@
 
 orjson refuses broken UTF-8, lone surrogates, NaN, comments, trailing commas and
 anything after the document (RFC 8259). Added here, at the price of a few byte counts
-for the usual document: a depth cap, duplicate keys, "-0" with its sign,
-and numbers with more digits than a double keeps.
+for the usual document: a depth cap, duplicate keys, "-0" with its sign, and, when asked,
+numbers with the text they were written in.
 """
 
 import json
@@ -19,9 +19,9 @@ from edge.fields import JsonValue
 DEPTH_MAX = 100
 
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
-# A number whose value a double may not hold exactly, or that orjson reads without its sign.
-_DELICATE = re.compile(rb"-0(?![\d.eE])|\d[\d.]{15,}")
-_LONG_DIGITS = re.compile(rb"[\d.]{16}")
+_SPACE_BEFORE_COLON = re.compile(rb"[ \n\t\r]:")
+# orjson reads a bare -0 as the integer 0, which has no sign.
+_NEGATIVE_ZERO = re.compile(rb"-0(?![0-9.eE])")
 
 
 class Wrong(Exception):  # noqa: N818 - it is about a value, not about our program
@@ -95,11 +95,16 @@ class ExactFloat(float):
         return int(exact)
 
 
-def parse_json(text: bytes, *, depth_max: int = DEPTH_MAX) -> JsonValue:
+class InexactNumberError(Exception):
+    """A float came to an integer field: parse the document again, with exact=True."""
+
+
+def parse_json(text: bytes, *, exact: bool = False, depth_max: int = DEPTH_MAX) -> JsonValue:
     """Parse one JSON document.
 
     Args:
         text: the whole document, UTF-8.
+        exact: whether floats remember their text (ExactFloat); slower.
         depth_max: how many objects and arrays may stand inside each other.
 
     Returns:
@@ -119,12 +124,33 @@ def parse_json(text: bytes, *, depth_max: int = DEPTH_MAX) -> JsonValue:
     key_count, depth = _shape(value)
     if depth > depth_max:
         raise Wrong(f"is nested deeper than {depth_max} levels")
-    if (b"-0" in text or _LONG_DIGITS.search(text)) and _DELICATE.search(_without_strings(text)):
-        return _parse_slowly(text)
-    # Every key has one colon outside strings; colons inside strings only add.
-    if text.count(b":") != key_count and _without_strings(text).count(b":") != key_count:
+    if exact or not _has_each_key_once(text, key_count) or _has_negative_zero(text):
         return _parse_slowly(text)
     return value
+
+
+def _has_negative_zero(text: bytes) -> bool:
+    if b"-0" not in text or not _NEGATIVE_ZERO.search(text):
+        return False
+    return _NEGATIVE_ZERO.search(_without_strings(text)) is not None
+
+
+def _has_each_key_once(text: bytes, key_count: int) -> bool:
+    """Whether the text has as many keys as the parsed document, where equal keys are one.
+
+    Every key has one colon outside strings. Three counts, each dearer than the one before
+    and each never below the number of keys, so that one that is equal settles it.
+    """
+    if text.count(b":") == key_count:
+        return True
+    # Without escapes, and without space before a colon, a key is what ends in '":'.
+    if (
+        text.count(b'":') == key_count
+        and b"\\" not in text
+        and not _SPACE_BEFORE_COLON.search(text)
+    ):
+        return True
+    return _without_strings(text).count(b":") == key_count
 
 
 def _without_strings(text: bytes) -> bytes:
@@ -164,7 +190,7 @@ def _parse_slowly(text: bytes) -> JsonValue:
 
 def _number_of_text(text: str) -> int | float:
     if text == "-0":
-        return -0.0
+        return ExactFloat.of_text(text)
     return int(text) if len(text) <= 20 else ExactFloat.of_text(text)
 
 

@@ -151,6 +151,11 @@ class RouteTable:
     def _look_up(
         self, http_method: str, raw: list[bytes], decoded: list[bytes], verb: bytes
     ) -> Match | NoMatch:
+        # The usual case without a way back: the most specific segment each time.
+        leaf = _straight_to(self._root, decoded, verb)
+        route = leaf.get(http_method) if leaf is not None else None
+        if route is not None:
+            return Match(route, _captures(route, raw))
         allowed: list[str] = []
         for by_method in _candidates(self._root, decoded, 0, verb):
             route = by_method.get(http_method) or by_method.get(ANY_METHOD)
@@ -179,6 +184,16 @@ class RouteTable:
         by_method[route.http_method] = route
         if template.verb:
             self._verbs.add(template.verb)
+
+
+def _straight_to(node: _Node, segments: list[bytes], verb: bytes) -> dict[str, Route] | None:
+    """The first that _candidates would yield, if no step back is needed."""
+    for segment in segments:
+        child = node.literals.get(segment) or (node.star if segment else None)
+        if child is None:
+            return None
+        node = child
+    return node.ends.get(verb)
 
 
 def _candidates(

@@ -16,7 +16,7 @@ from typing import Any
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 
 from edge.fields import JsonValue
-from edge.json_text import ExactFloat, Wrong
+from edge.json_text import ExactFloat, InexactNumberError, Wrong
 
 Decode = Callable[[Any], Any]
 Encode = Callable[[Any], Any] | None
@@ -107,8 +107,9 @@ def _integer_of(value: JsonValue) -> int | None:
         return ExactFloat.of_text(value).as_integer() if _NUMBER_TEXT.fullmatch(value) else None
     if type(value) is ExactFloat:
         return value.as_integer()
-    if type(value) is float and value.is_integer():
-        return int(value)
+    if type(value) is float:
+        # 1.00000000000000000001 has become 1.0 by now: only the text can tell.
+        raise InexactNumberError
     return None
 
 
@@ -198,12 +199,14 @@ def enum_encoder(enum: EnumDescriptor) -> Encode:
     if enum.full_name == "google.protobuf.NullValue":
         return lambda _: None
     # With aliases, the first name of a number stands for it.
-    names = {value.number: value.name for value in reversed(enum.values)}
+    return _EnumNames((value.number, value.name) for value in reversed(enum.values)).__getitem__
 
-    def encode(value: int) -> str | int:
-        return names.get(value, value)
 
-    return encode
+class _EnumNames(dict[int, str | int]):
+    """Names by number; a number that is not known stands for itself."""
+
+    def __missing__(self, number: int) -> int:
+        return number
 
 
 def scalar_decoder(field: FieldDescriptor) -> Decode:

@@ -15,9 +15,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
 
-from edge.codec import Codecs, MessageCodec, Setter
+from edge.codec import Codecs, MessageCodec, Setter, read_json
 from edge.fields import AnyMessage, descriptor_of
-from edge.json_text import Wrong, parse_json
+from edge.json_text import Wrong
 from edge.query import Leaf, find_leaf, gather, parse_query, set_leaf
 from edge.routes import Route
 from edge.well_known import ToJson
@@ -172,13 +172,12 @@ def _read_body(
         http_body = message if field is None else getattr(message, field.name)
         http_body.content_type, http_body.data = content_type, body
     elif field is None:
-        plan.request.into(message, parse_json(body))
+        read_json(plan.request.into, message, body)
     elif plan.set_body is not None:
-        value = parse_json(body)
         try:
-            plan.set_body(message, value)
+            read_json(plan.set_body, message, body)
         except Wrong as wrong:
-            raise wrong.within(field.json_name) from None
+            raise wrong.within(field.json_name or field.name) from None
 
 
 def _set_captured(message: AnyMessage, leaf: Leaf, text: str) -> None:

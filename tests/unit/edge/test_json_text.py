@@ -28,14 +28,17 @@ def test_every_document_is_read_as_the_standard_library_reads_it(value):
     assert parse_json(text.encode()) == json.loads(text)
 
 
-@given(st.dictionaries(st.text(':"{\\ a'), st.text(':"{\\ a'), min_size=1))
-def test_a_key_given_twice_is_found_whatever_the_strings_hold(value):
-    text = orjson.dumps(value)
+AWKWARD = st.text(':"{\\ a\n', max_size=6)
+
+
+@given(st.dictionaries(AWKWARD, AWKWARD, min_size=1), st.sampled_from([":", " :", ": ", "\n:\t"]))
+def test_a_key_given_twice_is_found_whatever_the_strings_hold(value, colon):
+    text = json.dumps(value, separators=(",", colon)).encode()
     assert parse_json(text) == value
-    key = next(iter(value))
-    doubled = text[:-1] + b"," + orjson.dumps(key) + b":1}"
-    with pytest.raises(Wrong, match="twice"):
-        parse_json(doubled)
+    key = json.dumps(next(iter(value))).encode()
+    for doubled in (b'{"x":[%s,%s:1}]}' % (text[:-1], key), b"%s,%s :1}" % (text[:-1], key)):
+        with pytest.raises(Wrong, match="twice"):
+            parse_json(doubled)
 
 
 @pytest.mark.parametrize(
