@@ -23,6 +23,6 @@ limits, a stall detector and a wall clock (see sandbox.py). A worker claims the 
 fencing token; only the holder's output is published: a folder is made under a temporary
 name, its master list last, renamed, then named by the video's row in one transaction.
 
-On disk, below <data>/media: uploads/<upload> (bytes; the video's source later),
+On disk, below <data>/services/media: uploads/<upload> (bytes; the video's source later),
 work/<video>.<token> (a run's output), videos/<video>/<token> (what is played).
 """

@@ -296,7 +296,7 @@ class Upload:
         if self.state is UploadState.COMPLETED:
             raise UploadClosed(self.state)
         if not self.is_open:
-            return self
+            return self  # once is enough
         return replace(self, state=state, writer_token=self.writer_token + 1)
 
 
@@ -351,6 +351,15 @@ class RunFailed(Exception):  # noqa: N818 -- a finding of the worker, not a call
         self.failure = Failure(FailureReason.TRANSCODE_FAILED, description, is_retryable=True)
 
 
+class TranscoderMissing(Exception):  # noqa: N818 -- a finding of the worker
+    """ffmpeg is not installed: trying again helps once it is."""
+
+    def __init__(self) -> None:
+        super().__init__("ffmpeg is missing")
+        text = "ffmpeg is not installed here."
+        self.failure = Failure(FailureReason.TRANSCODER_MISSING, text, is_retryable=True)
+
+
 class RunLost(Exception):  # noqa: N818 -- no fault: the video belongs to someone else now
     """The video was deleted, or another worker has claimed it."""
 
@@ -388,6 +397,12 @@ class Video:
     claim_count: int = 0
     output_token: int = NO_TOKEN
     ready_at: datetime | None = None
+
+    @property
+    def is_source_of_use(self) -> bool:
+        """Whether what was uploaded may still be converted, now or later."""
+        is_hopeless = self.failure is not None and not self.failure.is_retryable
+        return self.state is not VideoState.DELETED and not is_hopeless
 
     def is_leased(self, now: datetime) -> bool:
         """Whether a worker holds it and has been heard of lately."""
@@ -440,12 +455,23 @@ class Video:
     def run_failed(self, failure: Failure) -> Self:
         """A run has failed: QUEUED for another, or FAILED when that cannot help."""
         count = self.failure_count + 1
-        is_over = not failure.is_retryable or count >= FAILURES_MAX
+        is_missing = failure.reason is FailureReason.TRANSCODER_MISSING
+        is_over = not failure.is_retryable or is_missing or count >= FAILURES_MAX
         return replace(
             self,
             state=VideoState.FAILED if is_over else VideoState.QUEUED,
             failure=failure if is_over else None,
             failure_count=count,
+            lease_ends_at=None,
+        )
+
+    def given_up(self, failure: Failure) -> Self:
+        """No worker tries it again; one that still runs is fenced off."""
+        return replace(
+            self,
+            state=VideoState.FAILED,
+            failure=failure,
+            job_token=self.job_token + 1,
             lease_ends_at=None,
         )
 

@@ -1,8 +1,8 @@
 """Bytes on disk: uploads, runs in the making, what is played. Names come from ids only.
 
-    <data>/media/uploads/<upload>            an upload's bytes, later its video's source
-    <data>/media/work/<video>.<token>/       what a run has made so far
-    <data>/media/videos/<video>/<token>/     what is played
+    uploads/<upload>            an upload's bytes, later its video's source
+    work/<video>.<token>/       what a run has made so far
+    videos/<video>/<token>/     what is played
 
 What an OSError means to callers is said here: the storage does not answer or is full.
 """
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -234,6 +234,11 @@ class MediaFiles:
         self._digests.pop(upload_id, None)
         await _in_thread(lambda: self.upload_path(upload_id).unlink(missing_ok=True))
 
+    async def make_folder(self, folder: Path) -> None:
+        """Make an empty folder; what was there before is gone."""
+        await self.remove_folder(folder)
+        await _in_thread(lambda: folder.mkdir(mode=0o700))
+
     async def remove_folder(self, folder: Path) -> None:
         """Free a run's or a video's folder; nothing if there is none."""
         await _in_thread(lambda: shutil.rmtree(folder, ignore_errors=True))
@@ -252,7 +257,7 @@ class MediaFiles:
         for folder in (output.parent, self.videos, self.work):
             sync_folder(folder)
 
-    async def read(self, path: Path) -> tuple[int, AsyncIterator[bytes]]:
+    async def read(self, path: Path) -> tuple[int, AsyncGenerator[bytes, None]]:
         """A file's size, and its bytes in pieces.
 
         Raises:
@@ -265,7 +270,7 @@ class MediaFiles:
         return os.fstat(fd).st_size, _pieces(fd)
 
 
-async def _pieces(fd: int) -> AsyncIterator[bytes]:
+async def _pieces(fd: int) -> AsyncGenerator[bytes, None]:
     try:
         while piece := await _in_thread(os.read, fd, READ_BYTES):
             yield piece

@@ -71,12 +71,13 @@ ORDER BY expires_at_us LIMIT $2
 """  # noqa: S608
 SELECT_ENDED_UPLOADS = f"""
 SELECT {_UPLOAD_COLUMNS} FROM upload
-WHERE state <> 'OPEN' AND expires_at_us < $1 AND tenfold_owned(bucket)
+WHERE state IN ('TERMINATED', 'EXPIRED') AND expires_at_us < $1 AND tenfold_owned(bucket)
 ORDER BY expires_at_us LIMIT $2
 """  # noqa: S608
 DELETE_UPLOAD = """
 DELETE FROM upload
-WHERE bucket = $1 AND id = $2 AND tenant = $3 AND state <> 'OPEN' AND expires_at_us < $4
+WHERE bucket = $1 AND id = $2 AND tenant = $3 AND state IN ('TERMINATED', 'EXPIRED')
+  AND expires_at_us < $4
 """
 
 _VIDEO_COLUMNS = (
@@ -192,9 +193,22 @@ class MediaStore(Protocol):
         ...
 
     async def end_upload(
-        self, upload_id: UUID, scope: Scope, state: UploadState, *, keep_until: datetime
+        self,
+        upload_id: UUID,
+        scope: Scope,
+        state: UploadState,
+        *,
+        keep_until: datetime,
+        if_stale_at: datetime | None = None,
     ) -> Upload:
         """Terminate or expire it; once ended it stays as it is.
+
+        Args:
+            upload_id: which.
+            scope: whose.
+            state: how it ends.
+            keep_until: when its row may be forgotten.
+            if_stale_at: leave it open if its time is not over at this moment.
 
         Raises:
             UploadNotFound, UploadClosed: see Upload.ended.
@@ -206,7 +220,7 @@ class MediaStore(Protocol):
         ...
 
     async def forget_ended_uploads(self, now: datetime, *, count_max: int) -> int:
-        """Delete the rows of ended uploads past their time; how many."""
+        """Delete the rows of terminated and expired uploads past their time; how many."""
         ...
 
     async def find_upload(self, upload_id: UUID) -> Upload | None:
@@ -325,10 +339,18 @@ class SqlMediaStore:
         return completed, video
 
     async def end_upload(
-        self, upload_id: UUID, scope: Scope, state: UploadState, *, keep_until: datetime
+        self,
+        upload_id: UUID,
+        scope: Scope,
+        state: UploadState,
+        *,
+        keep_until: datetime,
+        if_stale_at: datetime | None = None,
     ) -> Upload:
         """See MediaStore.end_upload."""
         async with self._changing_upload(upload_id, scope) as (tx, upload):
+            if if_stale_at is not None and upload.expires_at >= if_stale_at:
+                return upload
             ended = upload.ended(state)
             if ended is not upload:
                 await _update_upload(tx, replace(ended, expires_at=keep_until))

@@ -1,5 +1,6 @@
 """UploadService: tus over the raw binding. Headers in, headers out, bytes to a writer."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from google.api.httpbody_pb2 import HttpBody
+from google.api.httpbody_pb2 import HttpBody  # type: ignore[import-untyped]  # ships no types
 from tenfold.media.v1 import media_pb2
 from tenfold.media.v1.media_service_pb2 import GetUploadRequest
 
@@ -30,6 +31,7 @@ from services.media.uploads import UploadWriters
 from shared.clock import Clock, to_us
 from shared.db.ids import bucket_of, new_id
 from shared.db.port import Once
+from shared.errors import DeadlineExceeded
 from shared.rpc.context import Context
 
 FILES_PATH = "/v1/files/"
@@ -185,11 +187,14 @@ class UploadHandler:
         checksum = tus.checksum_of(headers)
         upload_id, scope = _upload_id(context), Scope.of(context.principal)
         upload = await self._store.get_upload(upload_id, scope)
-        if upload.state is UploadState.COMPLETED and (offset, length) == (upload.size_bytes, 0):
-            return _patched(upload)  # the last byte's answer was lost; nothing is added
-        if upload.is_open and offset + (length or 0) > upload.size_bytes:
+        _refuse_gone(upload.state)
+        if offset != upload.committed_bytes:
+            raise OffsetMismatch(upload.committed_bytes)
+        if offset + (length or 0) > upload.size_bytes:
             detail = f"The upload has {upload.size_bytes} bytes; more were announced."
             raise tus.TusRefusal(413, "UPLOAD_TOO_LONG", detail)
+        if upload.state is UploadState.COMPLETED:
+            return _patched(upload)  # the last byte's answer was lost; there is nothing to add
         upload = await self._store.take_upload(upload_id, scope, offset=offset)
         return _patched(await self._receive(upload, checksum, requests))
 
@@ -200,18 +205,14 @@ class UploadHandler:
         requests: AsyncIterator[HttpBody],
     ) -> Upload:
         async with self._writers.open(upload, checksum) as writer:
-            bodies = requests.__aiter__()
-            while True:
-                try:
-                    body = await anext(bodies, None)
-                except BaseException:
-                    # The client has gone, was silent for too long, or we are stopping.
-                    await writer.cut()
-                    raise
-                if body is None:
-                    break
-                await writer.feed(body.data)
-            await writer.finish()
+            try:
+                async for body in requests:
+                    await writer.feed(body.data)
+                await writer.finish()
+            except (asyncio.CancelledError, DeadlineExceeded):
+                # The client has gone, was silent for too long, or we are stopping.
+                await writer.cut()
+                raise
             return writer.upload
 
     async def _terminate(self, context: Context) -> Answer:
@@ -251,9 +252,7 @@ async def _answering(
     try:
         answer = await answering
     except UploadClosed as closed:
-        if closed.state is UploadState.COMPLETED:
-            raise
-        answer = _refused(_gone(closed.state), context)
+        answer = _refused(_ended(closed.state), context)
     except OffsetMismatch as mismatch:
         offset = {"upload-offset": str(mismatch.committed_bytes)}
         refusal = tus.TusRefusal(409, mismatch.reason, mismatch.message, offset)
@@ -269,13 +268,14 @@ def _refused(refusal: tus.TusRefusal, context: Context) -> Answer:
     return Answer(refusal.status, refusal.headers, refusal.problem(context.request_id))
 
 
-def _gone(state: UploadState) -> tus.TusRefusal:
-    return tus.TusRefusal(410, UploadClosed.reason, f"The upload is {state}.")
+def _ended(state: UploadState) -> tus.TusRefusal:
+    status = 409 if state is UploadState.COMPLETED else 410
+    return tus.TusRefusal(status, UploadClosed.reason, f"The upload is {state}.")
 
 
 def _refuse_gone(state: UploadState) -> None:
     if state in {UploadState.TERMINATED, UploadState.EXPIRED}:
-        raise _gone(state)
+        raise _ended(state)
 
 
 async def _send(context: Context, answer: Answer) -> None:

@@ -10,12 +10,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+import structlog
+
 from services.media.domain import Upload, Video
 from services.media.files import MediaFiles, UploadFile
 from services.media.store import MediaStore, Scope
 from services.media.tus import Checksum, Digest, TusRefusal
 from shared.clock import Clock
 from shared.crashpoints import CrashPoint
+from shared.errors import TenfoldError
+
+_log = structlog.get_logger(__name__)
 
 STEP_BYTES = 4 * 1024 * 1024
 STEP_S = 1.0
@@ -103,10 +108,17 @@ class UploadWriter:
                 await self._commit()
 
     async def cut(self) -> None:
-        """The client has gone: keep what came, unless a checksum speaks for the whole body."""
-        if self.checksum is None:
+        """The client has gone: keep what came, unless a checksum speaks for the whole body.
+
+        Raises nothing that would hide why the body was cut.
+        """
+        if self.checksum is not None:
+            return
+        try:
             async with asyncio.timeout(CUT_S):
                 await self.finish()
+        except (TenfoldError, TusRefusal, TimeoutError) as error:
+            _log.info("media.cut_not_kept", upload=str(self.upload.id), error=repr(error))
 
     async def _step(self) -> None:
         if self._digest is not None:

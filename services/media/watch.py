@@ -7,7 +7,7 @@ newest state.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from uuid import UUID
 
@@ -60,7 +60,7 @@ class VideoWatch:
         self._poll_s = poll_s
         self._watches_max = watches_max
 
-    async def run(self, video_id: UUID, scope: Scope) -> AsyncIterator[Video]:
+    async def run(self, video_id: UUID, scope: Scope) -> AsyncGenerator[Video, None]:
         """Yield the video at once, then each time it has changed, until nothing more can.
 
         Raises:

@@ -27,7 +27,7 @@ CREATE TABLE upload (
 
 CREATE INDEX upload_open ON upload (expires_at_us) WHERE state = 'OPEN';
 CREATE INDEX upload_open_of_owner ON upload (bucket, tenant, owner) WHERE state = 'OPEN';
-CREATE INDEX upload_ended ON upload (expires_at_us) WHERE state <> 'OPEN';
+CREATE INDEX upload_ended ON upload (expires_at_us) WHERE state IN ('TERMINATED', 'EXPIRED');
 
 -- job_token: the newest worker's, only it changes the row; output_token: the folder that is
 -- played, 0 for none. source, renditions: JSON; '' and '[]' until they are known.
