@@ -1,0 +1,13 @@
+"""ReportingConfig: every setting, its unit, its default."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ReportingConfig:
+    """Settings of the reporting service, from TENFOLD_REPORTING_…."""
+
+    shard_count: int = field(
+        default=4,
+        metadata={"help": "shards of a new data folder", "min": 1, "max": 64},
+    )

@@ -1,0 +1,57 @@
+"""The only place that chooses implementations."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+from tenfold.reporting.v1.reporting_service_pb2_grpc import (
+    add_MetricServiceServicer_to_server,
+    add_ReportServiceServicer_to_server,
+)
+
+from services.reporting.config import ReportingConfig
+from services.reporting.handler import ReportingHandler
+from services.reporting.listener import NAME, subscription
+from services.reporting.store import SqlReportStore
+from shared.bus.outbox import run_relay
+from shared.bus.worker import run_subscription
+from shared.config import load
+from shared.db.sqlite import open_sqlite_shards
+from shared.lifecycle import Registration, Service
+from shared.runtime import Runtime
+
+PREFIX = "TENFOLD_REPORTING_"
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+@asynccontextmanager
+async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
+    """Open the reporting service; closed in reverse.
+
+    Raises:
+        ConfigError: a setting is wrong; the sentence names it.
+    """
+    config = load(ReportingConfig, PREFIX, runtime.environ)
+    async with open_sqlite_shards(
+        runtime.folder_of(NAME) / "shards",
+        migrations=MIGRATIONS,
+        shard_count=config.shard_count,
+        secret=runtime.secret,
+        clock=runtime.clock,
+    ) as shards:
+        handler = ReportingHandler(
+            SqlReportStore(shards), page_secret=runtime.secret, clock=runtime.clock
+        )
+        yield Service(
+            name=NAME,
+            registrations=(
+                Registration(add_ReportServiceServicer_to_server, handler),
+                Registration(add_MetricServiceServicer_to_server, handler),
+            ),
+            loops=(
+                # It emits nothing yet; the relay also removes inbox rows that are too old.
+                partial(run_relay, shards, runtime.bus, service=NAME, clock=runtime.clock),
+                partial(run_subscription, runtime.bus, shards, subscription(), clock=runtime.clock),
+            ),
+        )
