@@ -19,7 +19,6 @@ from edge.fields import JsonValue
 DEPTH_MAX = 100
 
 _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
-_SPACE_BEFORE_COLON = re.compile(rb"[ \n\t\r]:")
 # orjson reads a bare -0 as the integer 0, which has no sign.
 _NEGATIVE_ZERO = re.compile(rb"-0(?![0-9.eE])")
 
@@ -144,13 +143,15 @@ def _has_each_key_once(text: bytes, key_count: int) -> bool:
     if text.count(b":") == key_count:
         return True
     # Without escapes, and without space before a colon, a key is what ends in '":'.
-    if (
-        text.count(b'":') == key_count
-        and b"\\" not in text
-        and not _SPACE_BEFORE_COLON.search(text)
-    ):
+    is_plain = text.count(b'":') == key_count and b"\\" not in text
+    if is_plain and not _has_space_before_colon(text):
         return True
     return _without_strings(text).count(b":") == key_count
+
+
+def _has_space_before_colon(text: bytes) -> bool:
+    # Four plain searches are several times faster than one pattern.
+    return b" :" in text or b"\n:" in text or b"\t:" in text or b"\r:" in text
 
 
 def _without_strings(text: bytes) -> bytes:
