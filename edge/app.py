@@ -18,12 +18,13 @@ from edge.deadlines import timeout_of
 from edge.exchange import Exchange, HeaderList, Receive, Scope, Send, address_block
 from edge.fields import AnyMessage, descriptor_of
 from edge.health import Readiness
-from edge.problem import Problem, problem_of
+from edge.problem import Problem, http_problem, problem_of
 from edge.quota import Quota
 from edge.quota_store import LocalQuotaStore
 from edge.refusals import (
     BodyTooLarge,
     ClientLeft,
+    HttpRefusal,
     MethodNotAllowed,
     UnsupportedMediaType,
 )
@@ -49,6 +50,7 @@ from shared.errors import (
     Unimplemented,
 )
 from shared.rpc.policy import Access, Idempotency
+from shared.rpc.status import code_of
 
 JSON = b"application/json"
 IDEMPOTENCY_KEY_CHARACTERS_MAX = 255
@@ -192,6 +194,15 @@ class EdgeApp:
             exchange.status = CLIENT_LEFT_STATUS
 
     def _problem(self, exchange: Exchange, error: TenfoldError) -> Problem:
+        if isinstance(error, HttpRefusal):
+            return http_problem(
+                error.http_status,
+                code=code_of(error).name,
+                reason=error.error_reason,
+                detail=error.message,
+                request_id=exchange.request_id,
+                headers=error.headers,
+            )
         return problem_of(error, request_id=exchange.request_id, route=exchange.route)
 
     # The steps, in their order

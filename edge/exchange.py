@@ -24,8 +24,8 @@ HeaderList = list[tuple[bytes, bytes]]
 WRITE_TIMEOUT_S = 30.0
 # After an early answer, what is still read of the body so that the client sees the answer
 # and not a reset (RFC 9112 §9.6).
-LINGER_BYTES_MAX = 256 * 1024
-LINGER_S = 1.0
+LINGER_BYTES_MAX = 16 * 1024 * 1024
+LINGER_S = 2.0
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._~-]{1,128}")
 _TRACEPARENT = re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -196,12 +196,14 @@ class Exchange:
             raise ClientLeft from error
 
     async def _linger(self) -> None:
-        chunks = BodyChunks(self, bytes_max=LINGER_BYTES_MAX, idle_s=LINGER_S)
+        left_bytes = LINGER_BYTES_MAX
         try:
             async with asyncio.timeout(LINGER_S):
-                while await chunks.next():
-                    pass
-        except (TimeoutError, HttpRefusal, ClientLeft):
+                while left_bytes > 0 and not self.body_is_read:
+                    message = await self.receive()
+                    left_bytes -= len(message.get("body", b""))
+                    self.body_is_read = not message.get("more_body", False)
+        except TimeoutError:
             return
 
 

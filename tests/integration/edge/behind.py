@@ -148,12 +148,12 @@ class Uploads(media_service_pb2_grpc.UploadServiceServicer):
             async for part in requests:
                 await self.gate.wait()
                 self.received += len(part.data)
-        except BaseException:
+            await context.send_headers(
+                {"http-status": "204", "http-header-upload-offset": str(self.received)}
+            )
+        except asyncio.CancelledError:
             self.was_cut.set()
             raise
-        await context.send_headers(
-            {"http-status": "204", "http-header-upload-offset": str(self.received)}
-        )
 
     async def TerminateTusUpload(self, requests: Any, context: Context) -> AsyncIterator[Any]:
         yield httpbody_pb2.HttpBody(content_type="text/plain", data=b"gone")

@@ -32,19 +32,22 @@ class Edge:
     def bearer(self, **claims: str) -> dict[str, str]:
         return {"authorization": f"Bearer {self.behind.tokens.token(**claims)}"}
 
-    async def raw(self, request: bytes, *, timeout_s: float = 5.0) -> bytes:
+    async def raw(self, *parts: bytes, silence_s: float = 0.5) -> bytes:
         """Send bytes as they are; all that comes until the edge closes or is silent."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        received = b""
         try:
-            writer.write(request)
-            await writer.drain()
-            writer.write_eof()
-            async with asyncio.timeout(timeout_s):
-                return await reader.read(-1)
-        except ConnectionResetError:
-            return b""
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+            async with asyncio.timeout(10):
+                while chunk := await asyncio.wait_for(reader.read(65536), silence_s):
+                    received += chunk
+        except (TimeoutError, ConnectionError):
+            pass
         finally:
             writer.close()
+        return received
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,7 @@ async def test_only_json_in_utf_8_is_taken(edge, content_type, status):
     answer = await edge.client.post(
         f"/v1/{KNOWN}:transferFunds", content=json.dumps(TRANSFER).encode(), headers=headers
     )
-    assert answer.status_code == status
+    assert answer.status_code == status, answer.text
 
 
 async def test_compressed_and_badly_encoded_bodies_are_refused(edge):
