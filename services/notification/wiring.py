@@ -45,7 +45,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     """
     config = load(NotificationConfig, PREFIX, runtime.environ)
     server, sender = mail_server_of(config), sender_of(config)
-    folder = runtime.config.data / "shards" / NAME
+    folder = runtime.folder_of(NAME) / "shards"
     async with open_sqlite_shards(
         folder, migrations=MIGRATIONS, secret=runtime.secret, clock=runtime.clock
     ) as shards:

@@ -1,6 +1,7 @@
 import asyncio
+import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +9,13 @@ from pathlib import Path
 import pytest
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
+from deploy.local import servers
+from deploy.local.address import free_addresses
+from shared.bus.jetstream import Bus, open_bus
 from shared.db.port import Shards
 from shared.db.sqlite import open_sqlite_shards
 from tests.fakes import ManualClock
+from tests.mesh import running_program
 
 MIGRATIONS = Path(__file__).parents[4] / "services/notification/migrations"
 
@@ -156,3 +161,27 @@ async def shards(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Shards]:
         clock=clock,
     ) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def own_nats_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A nats-server of ours alone: these tests use, and delete, the real services' streams."""
+    folder, [address] = tmp_path_factory.mktemp("nats"), free_addresses(1)
+    token = servers.new_token()
+    program = servers.nats_program(folder, address, token=token, environ=os.environ)
+    with running_program(program, folder):
+        yield servers.nats_url(address, token)
+
+
+@pytest.fixture
+async def bus(own_nats_url: str) -> AsyncIterator[Bus]:
+    """A bus whose streams are empty."""
+    async with open_bus(own_nats_url, name="notification-test") as opened:
+        await forget_everything(opened)
+        yield opened
+
+
+async def forget_everything(bus: Bus) -> None:
+    """What a broker without its disk would do."""
+    for stream in await bus.jetstream.streams_info():
+        await bus.jetstream.delete_stream(str(stream.config.name))
