@@ -34,6 +34,7 @@ BEFORE_COMMIT = CrashPoint(
 )
 AFTER_COMMIT = CrashPoint("db.after_commit", "the commit is durable, no caller knows it yet")
 
+_TOO_LONG = "the transaction took too long and was rolled back"
 _SAVEPOINT = "SAVEPOINT turn"
 _RELEASE = "RELEASE turn"
 _ROLLBACK_TO = "ROLLBACK TO turn"
@@ -136,8 +137,10 @@ class Writer:
         turn = self._queue_up()
         try:
             await self._wait_for(turn)
-            self._holder = asyncio.current_task()
-            async with _bounded(TURN_S_MAX, "the transaction took too long and was rolled back"):
+            async with (
+                self._held(),
+                _bounded(TURN_S_MAX, _TOO_LONG),
+            ):
                 yield turn
         except BaseException as error:
             turn.end(keep=False)
@@ -147,6 +150,18 @@ class Writer:
             raise
         turn.end(keep=True)
         await self._settle(turn)
+        if not turn.ended.result():
+            # The block went on after its time was up; the writer had given up on it.
+            raise DeadlineExceeded(_TOO_LONG)
+
+    @asynccontextmanager
+    async def _held(self) -> AsyncIterator[None]:
+        self._holder = asyncio.current_task()
+        try:
+            yield
+        finally:
+            if self._holder is asyncio.current_task():
+                self._holder = None
 
     def _queue_up(self) -> Turn:
         if self._holder is asyncio.current_task():
@@ -162,7 +177,7 @@ class Writer:
 
     async def _wait_for(self, turn: Turn) -> None:
         async with _bounded(WAIT_S_MAX, "the time was spent waiting for the writer"):
-            error = await turn.given
+            error = await asyncio.shield(turn.given)
         if error is not None:
             raise error
 
