@@ -5,12 +5,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import UUID
 
+from tenfold.ledger.v1.ledger_events_pb2 import AccountOpened, TransactionPosted
+
 from shared.bus.worker import Event, Subscription
 from shared.clock import Clock
 from shared.db.ids import new_id
 from shared.db.port import OutboxRow, Shards, Transaction
 from shared.db.sqlite import open_sqlite_shards
-from tenfold.ledger.v1.ledger_events_pb2 import AccountOpened, TransactionPosted
 
 SECRET = b"a secret of thirty-two bytes....."
 MIGRATION = """
