@@ -11,6 +11,7 @@ is given twice.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -23,6 +24,7 @@ from edge.scalars import decode_bool_text, map_key_decoder, scalar_decoder
 
 QUERY_PARAMETERS_MAX = 1000
 PATH_PARTS_MAX = 32
+CACHED_NAME_MAX, LEAVES_MAX, DECODERS_MAX = 64, 4096, 4096
 
 _NUMBER = re.compile(r"-?[0-9]{1,10}")
 
@@ -95,6 +97,16 @@ def find_leaf(message: Descriptor, name: str) -> Leaf:
     Raises:
         Wrong: there is none, or text can not fill it.
     """
+    # Long names are made up by someone: they must not fill the memory behind the cache.
+    return _find_leaf(message, name) if len(name) > CACHED_NAME_MAX else _known_leaf(message, name)
+
+
+@lru_cache(maxsize=LEAVES_MAX)
+def _known_leaf(message: Descriptor, name: str) -> Leaf:
+    return _find_leaf(message, name)
+
+
+def _find_leaf(message: Descriptor, name: str) -> Leaf:
     path, bracket, rest = name.partition("[")
     if bracket and not rest.endswith("]"):
         raise Wrong.of_field(name[:64], "is no parameter of this method")
@@ -211,9 +223,11 @@ def _check_oneof(target: AnyMessage, field: FieldDescriptor) -> None:
         return
     before = target.WhichOneof(oneof.name)
     if before is not None and before != field.name:
-        raise Wrong(f"excludes {before}: only one of {oneof.name} may be set")
+        other = next(member.json_name for member in oneof.fields if member.name == before)
+        raise Wrong(f"excludes {other}: only one of {oneof.name} may be set")
 
 
+@lru_cache(maxsize=DECODERS_MAX)
 def text_decoder(field: FieldDescriptor) -> TextDecode:
     """The decoder of a scalar field from text."""
     if field.type == FieldDescriptor.TYPE_BOOL:

@@ -12,7 +12,7 @@ from edge.json_text import Wrong
 from tests.unit.edge.messages import messages
 
 PROPERTY = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -109,7 +109,7 @@ def test_documents_equal_the_references(codec, sparse_codec, data):
 
 @pytest.mark.parametrize("name", OUR_MESSAGES)
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_our_own_messages_go_both_ways(name, data):
     contracts = load_contracts_once()
     codec = Codecs(contracts.pool).of(contracts.message(name))
@@ -123,6 +123,47 @@ def load_contracts_once(kept=[]):  # noqa: B006 - one pool for all examples
     if not kept:
         kept.append(load_contracts())
     return kept[0]
+
+
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["", "x", "1", "1.0", "-1e3", "true", "NaN", "Infinity", "AA==", "-_8", "\0"])
+    | st.sampled_from(["COLOR_RED", "1.5s", "-0.1s", "fooBar,baz", "foo_bar", "NULL_VALUE"])
+    | st.sampled_from(["2026-01-01T00:00:00Z", "2026-01-01T00:00:00.5+01:00", "2026-1-1T0:0:0Z"])
+    | st.sampled_from([{}, [], [[]], [None], {"a": 1}, {"1": {}}, {"text": "x"}, {"@type": "t/x"}])
+)
+
+
+def slots(value):
+    """Every place in a document where another value could stand."""
+    places = []
+    for key in value if isinstance(value, dict) else range(len(value)):
+        places.append((value, key))
+        if isinstance(value[key], (dict, list)):
+            places += slots(value[key])
+    return places
+
+
+@settings(PROPERTY, max_examples=300)
+@given(data=st.data())
+def test_a_changed_document_is_read_as_the_reference_does_or_refused(codec, data):
+    """We are the stricter one: nothing that we take may the reference refuse or read otherwise."""
+    message = data.draw(messages(codec.descriptor))
+    document = peer_dict(message)
+    places = slots(document)
+    if places:
+        container, key = data.draw(st.sampled_from(places))
+        container[key] = data.draw(VALUES)
+    text = json.dumps(document)
+    try:
+        message = codec.message_of_json(text.encode())
+    except Wrong as wrong:
+        assert wrong.description
+        return
+    assert peer_parsed(codec, text) == message
 
 
 # --- what is accepted

@@ -1,10 +1,16 @@
+import re
 import time
 
 import pytest
+from google.protobuf.empty_pb2 import Empty
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from edge.contracts import ContractError, Contracts, load_contracts
-from edge.routes import Match, NoMatch, RouteTable
+from edge.contracts import ContractError, Contracts, MethodInfo, load_contracts
+from edge.routes import Match, NoMatch, Route, RouteTable
+from edge.template import Template
 from shared.errors import InvalidRequest
+from shared.rpc.policy import MethodPolicy
 
 
 def called(table, method, path):
@@ -179,3 +185,62 @@ def test_comments_are_found_by_full_name():
     )
     assert "buf:lint" not in contracts.comment("tenfold.media.v1.UploadService.CreateTusUpload")
     assert contracts.comment("tenfold.nothing") == ""
+
+
+# --- against a second reading of http.proto, by brute force
+
+SEGMENTS = st.lists(st.sampled_from(["a", "b", "*"]), min_size=1, max_size=3)
+TEMPLATES = st.builds(
+    lambda segments, rest, verb: "/" + "/".join(segments + rest) + verb,
+    SEGMENTS,
+    st.sampled_from([[], ["**"]]),
+    st.sampled_from(["", "", ":do", ":undo"]),
+)
+PATHS = st.builds(
+    lambda segments, verb: "/" + "/".join(segments) + verb,
+    st.lists(st.sampled_from(["a", "b", "c", ""]), min_size=1, max_size=5),
+    st.sampled_from(["", "", ":do", ":undo", ":other"]),
+)
+KINDS = {"**": 2, "*": 1}
+
+
+def specificity(template):
+    return [KINDS.get(segment, 0) for segment in template.rpartition(":")[0][1:].split("/")]
+
+
+def pattern_of(template):
+    """The path up to its verb as a regular expression; "**" takes the slash before it along."""
+    text = re.escape(template).replace(r"/\*\*", r"(?:/[^/]+)*").replace(r"\*", "[^/]+")
+    return re.compile(text)
+
+
+def by_brute_force(bindings, method, path):
+    """The winning template and method, or the methods allowed."""
+    stem, colon, verb = path.rpartition(":")
+    readings = [(stem, ":" + verb)] if colon and "/" not in verb else []
+    for text, own_verb in [*readings, (path, "")]:
+        fits = []
+        for template, allowed in bindings:
+            bare, _, template_verb = template.partition(":")
+            same_verb = own_verb == (":" + template_verb if template_verb else "")
+            if same_verb and pattern_of(bare).fullmatch(text):
+                fits.append((specificity(template + ":" * (not template_verb)), template, allowed))
+        winners = [fit for fit in sorted(fits) if fit[2] == method]
+        if winners:
+            return winners[0][1:]
+        if fits:
+            return tuple(sorted({allowed for _, _, allowed in fits}))
+    return ()
+
+
+@given(st.lists(st.tuples(TEMPLATES, st.sampled_from(["GET", "POST"])), unique=True), PATHS)
+@settings(max_examples=500, deadline=None)
+def test_the_tree_answers_as_a_search_through_all_templates_does(bindings, path):
+    method = MethodInfo("/s.S/M", Empty, Empty, False, False, MethodPolicy("/s.S/M"), None, None)
+    routes = [Route(kind, Template.parse(text), method) for text, kind in bindings]
+    found = RouteTable(routes).match("GET", path)
+    if isinstance(found, Match):
+        answer = found.route.template.text, found.route.http_method
+    else:
+        answer = found.allowed_methods
+    assert answer == by_brute_force(bindings, "GET", path)

@@ -2,9 +2,11 @@ import time
 
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edge.contracts import load_contracts
-from edge.routes import RouteTable
+from edge.routes import Match, RouteTable
 from edge.transcode import http_body_of, request_message, response_json, set_request_id
 from shared.errors import Internal, InvalidRequest
 
@@ -187,6 +189,35 @@ def test_a_body_that_is_wrong_as_a_whole_is_refused_without_a_field(call, reques
     with pytest.raises(InvalidRequest, match=why) as caught:
         call(*request_)
     assert not caught.value.violations
+
+
+TARGETS = st.one_of(
+    st.binary(max_size=40),
+    st.lists(
+        st.sampled_from(
+            [b"a", b"&", b"=", b"%", b"%41", b"%ff", b"%00", b"+", b".", b"[", b"]", b"1"]
+        )
+        | st.sampled_from(
+            [b"text", b"labels", b"times", b"anInt64", b"inner", b"inner.text", b";", b"\xff"]
+        ),
+        max_size=12,
+    ).map(b"".join),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(path=TARGETS, query=TARGETS, body=st.binary(max_size=20) | st.just(b"{}"))
+def test_no_request_can_end_in_anything_but_a_refusal_or_a_message(
+    everything_table, path, query, body
+):
+    for method, start in [("GET", b"/v1/things/"), ("POST", b"/v1/things/"), ("PUT", b"/v1/")]:
+        try:
+            found = everything_table.match(method, start + path)
+            if isinstance(found, Match):
+                request_message(found.route, found.captures, query, body)
+                request_message(found.route, found.captures, query, b"")
+        except InvalidRequest as error:
+            assert error.message
 
 
 def test_nothing_decoded_twice_reaches_the_message(call):
