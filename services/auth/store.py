@@ -106,9 +106,14 @@ ON CONFLICT (bucket, id) DO NOTHING
 """
 RECENT_REVOCATIONS = """
 SELECT id, forget_us FROM revocation
+/* any tenant: every service refuses them all */
 WHERE created_us >= $1 AND tenfold_owned(bucket)
 """
-DELETE_REVOCATIONS = "DELETE FROM revocation WHERE forget_us < $1 AND tenfold_owned(bucket)"
+DELETE_REVOCATIONS = """
+DELETE FROM revocation
+/* any tenant: the sweeper serves them all */
+WHERE forget_us < $1 AND tenfold_owned(bucket)
+"""
 
 INSERT_SERVICE_ACCOUNT = """
 INSERT INTO service_account (bucket, id, tenant, owner, display_name, created_us)
