@@ -40,12 +40,17 @@ class NotificationConfig:
     )
     sender_poll_s: float = field(
         default=2.0,
-        metadata={"help": "how soon due mail is found that nobody rang for", "unit": "s"},
+        metadata={
+            "help": "how soon due mail is found that nobody rang for",
+            "unit": "s",
+            "min": 0.05,
+        },
     )
     watch_poll_s: float = field(
         default=1.0,
         metadata={
             "help": "how soon a live stream sees a change made by another process",
             "unit": "s",
+            "min": 0.05,
         },
     )
