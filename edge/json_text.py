@@ -55,7 +55,7 @@ class Wrong(Exception):  # noqa: N818 - it is about a value, not about our progr
         return self._field_text or json_path(self.path)
 
 
-_IDENT = re.compile(r"[A-Za-z_@][A-Za-z0-9_]*")
+_IDENT = re.compile(r"[A-Za-z_@][A-Za-z0-9_]{0,63}")
 
 
 def json_path(parts: list[str | int]) -> str:
@@ -67,6 +67,7 @@ def json_path(parts: list[str | int]) -> str:
         elif _IDENT.fullmatch(part):
             text += f".{part}" if text else part
         else:
+            # Told back, but not at any length.
             text += f"[{json.dumps(part[:64])}]"
     return text
 
@@ -119,7 +120,7 @@ def parse_json(text: bytes, *, exact: bool = False, depth_max: int = DEPTH_MAX) 
         # orjson stops by itself at 1,024 levels, long before any stack ends.
         if "depth" in error.msg:
             raise Wrong(f"is nested deeper than {depth_max} levels") from None
-        raise Wrong(f"is not valid JSON: {error.msg} at byte {error.pos}") from None
+        raise Wrong(f"is not valid JSON: {error.msg} at character {error.pos}") from None
     key_count, depth = _shape(value)
     if depth > depth_max:
         raise Wrong(f"is nested deeper than {depth_max} levels")

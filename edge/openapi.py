@@ -312,6 +312,7 @@ def _with_description(thing: Schema, description: str) -> Schema:
 
 
 def _components(schemas: Schemas) -> dict[str, Any]:
+    # A table: everything that operations refer to.
     key_schema = {"type": "string", "minLength": 1, "maxLength": 255}
     key: Schema = {
         "name": "Idempotency-Key",

@@ -362,6 +362,12 @@ def test_a_value_that_does_not_fit_is_refused_by_its_path(codec, document, field
     assert caught.value.field == field
 
 
+def test_a_long_unknown_name_is_not_told_back_at_length(codec):
+    with pytest.raises(Wrong) as caught:
+        read(codec, {"x" * 100_000: 1})
+    assert len(caught.value.field) < 100
+
+
 def test_anys_inside_each_other_are_bounded_both_ways(codec):
     document = {}
     for _ in range(ANY_LEVELS_MAX + 1):
