@@ -14,15 +14,27 @@ import hashlib
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.db.errors import DatabaseDamaged, MigrationRefused
+from shared.db.errors import DatabaseDamaged, DatabaseRefused, MigrationRefused
 from shared.db.sql import WRITABLE_STATES, to_sqlite
 
 FRAMEWORK_MIGRATIONS = Path(__file__).parent / "migrations"
 _FILE_NAME = re.compile(r"(?P<number>\d{4})_(?P<what>[a-z0-9_]+)(?:\.(?P<engine>sqlite|postgres))?")
 _UNGUARDED_PREFIX = "tenfold_"
+# What is wrong around the file, not in it: locked, full, forbidden, gone.
+_OUTSIDE_CODES = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_READONLY,
+    }
+)
 _CREATE_MIGRATION_TABLE = """
 CREATE TABLE IF NOT EXISTS tenfold_migration (
     area text NOT NULL, number bigint NOT NULL, name text NOT NULL, sha256 text NOT NULL,
@@ -86,35 +98,57 @@ def migrate_sqlite(path: Path, migrations: Sequence[Migration]) -> None:
         DatabaseDamaged: the file is not sound; nothing has been changed.
         MigrationRefused: it does not fit these migrations; nothing has been changed.
     """
-    connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
-    try:
-        _refuse_damage(connection, path)
+    with sqlite_file(path) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(_CREATE_MIGRATION_TABLE)
         _refuse_misfit(connection, path, migrations)
         for migration in migrations:
             _apply(connection, migration)
         _refresh_triggers(connection)
-    except sqlite3.DatabaseError as error:
-        # Locked is a wait that has ended; the rest of this family at open means damage.
-        if isinstance(error, sqlite3.OperationalError | sqlite3.IntegrityError):
-            raise
-        raise DatabaseDamaged(_damage_sentence(path, str(error))) from error
+
+
+@contextmanager
+def sqlite_file(path: Path, *, is_checked: bool = False) -> Iterator[sqlite3.Connection]:
+    """Open a file for set-up, once it has been found sound. Blocking.
+
+    Args:
+        path: made if there is none.
+        is_checked: the file has just been found sound; the check reads every page.
+
+    Raises:
+        DatabaseDamaged: it is not sound; it has not been changed.
+        DatabaseRefused: it cannot be opened or written.
+    """
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+    except sqlite3.Error as error:
+        raise DatabaseRefused(f"cannot open {path}: {error}") from error
+    try:
+        if not is_checked:
+            _refuse_damage(connection, path)
+        connection.execute("PRAGMA synchronous = FULL")
+        yield connection
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF in _OUTSIDE_CODES:
+            raise DatabaseRefused(f"cannot open or write {path}: {error}") from error
+        raise  # a migration is wrong: our bug, with its traceback
     finally:
         connection.close()
 
 
-def _damage_sentence(path: Path, finding: str) -> str:
-    return (
-        f"{path} is damaged ({finding}); it was left as it is. Restore it from a backup, or "
-        f"save what can be read with: sqlite3 {path.name} .recover"
-    )
-
-
 def _refuse_damage(connection: sqlite3.Connection, path: Path) -> None:
-    findings = connection.execute("PRAGMA quick_check(1)").fetchall()
-    if findings != [("ok",)]:
-        raise DatabaseDamaged(_damage_sentence(path, str(findings[0][0])))
+    try:
+        findings = connection.execute("PRAGMA quick_check(1)").fetchall()
+        finding = str(findings[0][0])
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF in _OUTSIDE_CODES:
+            raise
+        finding = str(error)
+    if finding != "ok":
+        raise DatabaseDamaged(
+            f"{path} is damaged ({' '.join(finding.split())}); it was left as it is. Restore it "
+            f"from a backup, or save what can be read with: sqlite3 {path.name} .recover"
+        )
 
 
 def _refuse_misfit(

@@ -6,17 +6,16 @@ it in the transaction that says which shard it is.
 """
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.db.errors import DatabaseDamaged, DatabaseRefused
+from shared.db.errors import DatabaseRefused
 from shared.db.migrate import (
     FRAMEWORK_MIGRATIONS,
     Migration,
     load_migrations,
     migrate_sqlite,
+    sqlite_file,
 )
 from shared.db.shards import BucketMap, CoverageBroken
 from shared.db.sql import OWNED_STATES
@@ -80,16 +79,6 @@ def prepare(plan: Plan) -> Prepared:
     return Prepared(paths, bucket_map, schema, guarded)
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[sqlite3.Connection]:
-    connection = sqlite3.connect(path, isolation_level=None, timeout=5.0)
-    try:
-        connection.execute("PRAGMA synchronous = FULL")
-        yield connection
-    finally:
-        connection.close()
-
-
 def _control(plan: Plan) -> BucketMap:
     """The plan of the folder: made now if it is new, else what it was made with."""
     try:
@@ -97,20 +86,13 @@ def _control(plan: Plan) -> BucketMap:
     except OSError as error:
         raise DatabaseRefused(f"cannot make the folder {plan.folder}: {error}") from error
     path = plan.folder / "control.sqlite"
-    try:
-        with _open(path) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(_CONTROL_TABLES)
-            connection.execute("BEGIN IMMEDIATE")
-            hint = _plan_buckets(connection, plan)
-            connection.execute("COMMIT")
-            return hint
-    except sqlite3.OperationalError as error:
-        raise DatabaseRefused(f"cannot write {path}: {error}") from error
-    except sqlite3.DatabaseError as error:
-        raise DatabaseDamaged(
-            f"{path} is damaged ({error}); it was left as it is. Restore it from a backup"
-        ) from error
+    with sqlite_file(path) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(_CONTROL_TABLES)
+        connection.execute("BEGIN IMMEDIATE")
+        hint = _plan_buckets(connection, plan)
+        connection.execute("COMMIT")
+        return hint
 
 
 def _plan_buckets(connection: sqlite3.Connection, plan: Plan) -> BucketMap:
@@ -144,7 +126,7 @@ def _claim_buckets(
     path: Path, index: int, hint: BucketMap, migrations: list[Migration]
 ) -> list[int]:
     """Say in a new shard which it is and what it owns; in an old one, read what it owns."""
-    with _open(path) as connection:
+    with sqlite_file(path, is_checked=True) as connection:
         connection.execute("BEGIN IMMEDIATE")
         row = connection.execute("SELECT shard_id FROM tenfold_shard").fetchone()
         if row is None:

@@ -251,7 +251,7 @@ async def test_a_key_with_another_request_is_refused_and_changes_nothing(shards,
     assert await labels(shards) == ["a"]
 
 
-@pytest.mark.parametrize(("first", "second"), permutations([NEAR, NEAR_TOO, FAR], 2))
+@pytest.mark.parametrize(("first", "second"), [*permutations([NEAR, NEAR_TOO, FAR], 2)])
 @pytest.mark.parametrize("kind", [PrincipalKind.USER, PrincipalKind.ADMIN])
 async def test_a_key_is_refused_under_another_shard_key_too(shards, first, second, kind):
     asker = Principal(kind, str(new_id(NEAR)))
