@@ -180,8 +180,9 @@ class EdgeApp:
             await self._refuse(exchange, Internal("unexpected"))
 
     async def _refuse(self, exchange: Exchange, error: TenfoldError) -> None:
-        if exchange.is_answered:
-            return  # too late to say so; the unfinished answer closes the connection
+        if exchange.is_answered:  # too late to say so; the unfinished answer ends the connection
+            _log.warning("answer broken off", reason=error.error_reason, detail=error.message)
+            return
         if exchange.charge is not None:
             charging.note_error(exchange.charge, error)
         document = self._problem(exchange, error)

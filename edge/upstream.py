@@ -13,12 +13,17 @@ from typing import Any, Protocol
 from google.protobuf.message import Message
 
 from edge.contracts import MethodInfo
-from shared.errors import TenfoldError
+from edge.raw import STATUS_KEY
+from shared.errors import Internal, TenfoldError
 from shared.identity import IDENTITY_METADATA_KEY, Principal
 from shared.rpc.context import REPLAYED_METADATA
 from shared.rpc.interceptors import REQUEST_ID_KEY
 
 TRACE_KEY = "traceparent"
+
+# A write that meets the end of its call makes grpc.aio report INTERNAL until the service's
+# own status is there, a moment later (grpc/aio/_call.py, _write).
+STATUS_PAUSES_S = (0.001, 0.01, 0.05, 0.2)
 
 
 class Signer(Protocol):
@@ -152,6 +157,25 @@ class UpstreamStream:
 class UpstreamRawCall(UpstreamStream):
     """See raw.RawCall."""
 
+    def __init__(self, call: Any) -> None:  # noqa: ANN401 - grpc's own call
+        super().__init__(call)
+        self._write_has_failed = False
+
+    async def read(self) -> Message | None:
+        """See raw.RawCall.read."""
+        for pause_s in STATUS_PAUSES_S:
+            try:
+                return await super().read()
+            except Internal:
+                if not self._write_has_failed:
+                    raise
+                await asyncio.sleep(pause_s)
+        # The failed write came after the status and has replaced it for good. A service that
+        # has begun its answer has ended it, too; anything else stays an error.
+        if STATUS_KEY in await self.initial_metadata():
+            return None
+        return await super().read()
+
     async def write(self, message: Message) -> bool:
         """See raw.RawCall.write."""
         # grpc.aio cancels the call when a write is cancelled, but the answer to an early end
@@ -162,6 +186,7 @@ class UpstreamRawCall(UpstreamStream):
         try:
             await self._call.write(message)
         except TenfoldError:
+            self._write_has_failed = True
             return False  # the call is over; `read` says how
         return True
 
