@@ -99,10 +99,10 @@ def test_100_000_levels_are_refused_within_50_ms(opening, closed):
 
 
 def timed(text):
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(Wrong, match="deeper than 100"):
         parse_json(text)
-    return time.perf_counter() - started
+    return time.thread_time() - started
 
 
 def test_the_depth_cap_counts_nesting_and_not_brackets():
@@ -142,7 +142,7 @@ def test_the_depth_cap_counts_nesting_and_not_brackets():
     ],
 )
 def test_a_hostile_megabyte_is_handled_in_time_linear_in_its_size(text):
-    started = time.perf_counter()
+    started = time.thread_time()
     with contextlib.suppress(Wrong):
         parse_json(text)
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0

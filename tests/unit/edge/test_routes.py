@@ -150,10 +150,10 @@ def test_a_path_without_its_method_falls_back_to_a_less_specific_one(table_of):
 
 
 def test_matching_a_hostile_path_stays_cheap(everything_table):
-    started = time.perf_counter()
+    started = time.thread_time()
     for path in ["/" + "a/" * 4000, "/v1/files" + "/%41" * 2000, "/v1/things/" + ":" * 8000]:
         everything_table.match("GET", path)
-    assert time.perf_counter() - started < 0.1
+    assert time.thread_time() - started < 0.1
 
 
 def test_our_contracts_have_routes_and_mesh_internal_methods_none():
