@@ -324,7 +324,7 @@ class Story:
         self.rest.narrator.answer(200, f"notice: {title}")
         mail = self._await_mail()
         self.rest.narrator.answer(200, f"e-mail: {mail}")
-        return f"“{title}”, twice: inbox and e-mail"
+        return f"{title}: in the inbox and by e-mail"
 
     def _await_mail(self) -> str:
         give_up = time.monotonic() + EVENT_WAIT_S
