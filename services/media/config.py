@@ -46,7 +46,7 @@ class MediaConfig:
         metadata={"help": "conversions at once in this process; 0 for none", "min": 0, "max": 64},
     )
     preset: str = field(
-        default="veryfast",
+        default="superfast",
         metadata={
             "help": "x264's preset: time against bits",
             "choices": ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium"),
@@ -58,6 +58,14 @@ class MediaConfig:
     lease_s: float = field(
         default=10.0,
         metadata={"help": "how long a silent worker is believed to live", "unit": "s", "min": 1},
+    )
+    job_ack_wait_s: float = field(
+        default=10.0,
+        metadata={
+            "help": "silence after which a dead worker's job is given to another",
+            "unit": "s",
+            "min": 1,
+        },
     )
     probe_timeout_s: float = field(
         default=30.0, metadata={"help": "for looking at a file", "unit": "s", "min": 1}

@@ -38,7 +38,6 @@ PREFIX = "TENFOLD_MEDIA_"
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Deliveries of one job. The video's own rules (domain.py) end the tries well before.
 JOB_TRIES_MAX = 60
-JOB_ACK_WAIT_S = 12.0
 
 _log = structlog.get_logger(__name__)
 
@@ -146,7 +145,7 @@ def job_queue(worker: TranscodeWorker) -> JobQueue:
         concurrency=worker.config.workers,
         on_poison=worker.give_up,
         max_tries=JOB_TRIES_MAX,
-        ack_wait_s=JOB_ACK_WAIT_S,
+        ack_wait_s=worker.config.job_ack_wait_s,
     )
 
 
