@@ -316,7 +316,11 @@ class _Guarded:
         error: BaseException,
         started_s: float,
     ) -> NoReturn:
-        refusal = _refusal_of(error, call)
+        try:
+            refusal = _refusal_of(error, call)
+        except BaseException:  # the caller left: nobody waits for an answer
+            self._log(call, "CANCELLED", started_s)
+            raise
         status = status_of(refusal, request_id=call.request_id)
         self._log(call, status.code.name, started_s, reason=refusal.error_reason)
         trailing: tuple[tuple[str, str | bytes], ...] = status.trailing_metadata

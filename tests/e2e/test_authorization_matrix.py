@@ -298,7 +298,7 @@ def uploaded(mesh: Mesh, token: str) -> tuple[str, str]:
 
 
 def services_address(mesh: Mesh) -> str:
-    return str(mesh.state["services"])
+    return str(mesh.state["children"]["services"]["address"])
 
 
 @dataclass(frozen=True)
