@@ -24,6 +24,14 @@ READY_TIMEOUT_S = 90.0
 GONE_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 30.0
 POLL_S = 0.05
+# Defaults of a mesh under test; its own environment overrides them.
+TEST_SETTINGS = {
+    # Meshes on chosen edge ports run side by side.
+    SERVICES_SETTING: "127.0.0.1:0",
+    # All tests log in from one address; those of the quota set their own.
+    "TENFOLD_EDGE_LOGIN_POINTS_PER_MINUTE": "60000",
+    "TENFOLD_EDGE_LOGIN_BURST_POINTS": "60000",
+}
 
 T = TypeVar("T")
 
@@ -65,8 +73,7 @@ class Mesh:
     ) -> None:
         self.data = data
         self.tree = tree
-        # With port 0 for the services, meshes on chosen edge ports run side by side, too.
-        self._environ = {SERVICES_SETTING: "127.0.0.1:0", **(environ or os.environ)}
+        self._environ = {**TEST_SETTINGS, **(environ or os.environ)}
         self._edge = edge
         self._folder = DataFolder(data)
         self._process: subprocess.Popen[bytes] | None = None

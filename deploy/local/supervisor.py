@@ -22,7 +22,7 @@ from deploy.local.program import Program
 from shared.crashpoints import CRASH_JOURNAL_VARIABLE, CRASH_POINT_VARIABLE
 
 WRAPPER = Path(__file__).with_name("child.py")
-READY_POLL_S = 0.02
+READY_POLL_S = 0.05
 LOG_BYTES_MAX = 16 * 1024 * 1024  # A larger log is set aside when its program starts.
 LOG_TAIL_LINES = 12
 LOG_TAIL_BYTES = 8192
