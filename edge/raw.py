@@ -16,10 +16,12 @@ from google.protobuf.message import Message
 from edge.exchange import BodyChunks, Exchange, HeaderList
 from edge.refusals import ClientLeft, HttpRefusal
 from edge.routes import Route
-from shared.errors import Internal, NotFound
+from shared.errors import Internal, NotFound, Unavailable
 
 # A gRPC message; well below the 4 MiB that services receive, large enough to be cheap.
 CHUNK_BYTES_MAX = 256 * 1024
+
+RETRY_AFTER_S = 0.5
 
 STATUS_KEY = "http-status"
 HEADER_KEY = "http-header-"
@@ -127,6 +129,9 @@ async def _send_body(exchange: Exchange, chunks: BodyChunks, call: RawCall) -> N
 
 async def _send_answer(exchange: Exchange, call: RawCall, first: Message | None) -> None:
     metadata = await call.initial_metadata()
+    if first is None and STATUS_KEY not in metadata:
+        # Neither status nor body: the answer was lost on its way, and success is not made up.
+        raise Unavailable("the service's answer did not arrive", retry_after_s=RETRY_AFTER_S)
     status = _status(metadata, exchange.call)
     headers = list(_headers(metadata, exchange.call))
     content_type = str(getattr(first, "content_type", ""))
