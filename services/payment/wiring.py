@@ -12,6 +12,7 @@ from services.payment.handler import LedgerHandler
 from services.payment.store import SqlLedgerStore
 from shared.bus.outbox import run_relay
 from shared.config import load
+from shared.db.housekeeping import run_housekeeping
 from shared.db.sqlite import open_sqlite_shards
 from shared.lifecycle import Registration, Service
 from shared.runtime import Runtime
@@ -45,5 +46,8 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
         yield Service(
             name=NAME,
             registrations=[Registration(add_LedgerServiceServicer_to_server, handler)],
-            loops=[partial(run_relay, shards, runtime.bus, service=NAME, clock=runtime.clock)],
+            loops=[
+                partial(run_relay, shards, runtime.bus, service=NAME, clock=runtime.clock),
+                partial(run_housekeeping, shards, clock=runtime.clock),
+            ],
         )

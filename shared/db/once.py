@@ -23,8 +23,6 @@ from shared.errors import FailedPrecondition, IdempotencyKeyReused
 from shared.identity import PrincipalKind
 
 CLAIMED, DONE, REFUSED = "CLAIMED", "DONE", "REFUSED"
-KEPT_US = 72 * 3600 * 1_000_000
-REQUEST_ID_LENGTH_MAX = 255
 
 SELECT = """
 SELECT req_hash, target_bucket, status, response FROM idempotency
@@ -35,7 +33,6 @@ INSERT INTO idempotency
     (bucket, scope, key, req_hash, target_bucket, status, response, created_at_us)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 """
-DELETE_OLD = "DELETE FROM idempotency WHERE created_at_us < $1 AND tenfold_owned(bucket)"
 
 
 def home_bucket(once: Once, secret: bytes) -> int:
