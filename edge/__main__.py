@@ -7,7 +7,9 @@ and one sentence. Whoever starts it gives it the parent-death signal, if it shal
 import asyncio
 import os
 import signal
+import socket
 import sys
+from contextlib import closing
 
 import uvloop
 
@@ -35,6 +37,11 @@ async def run(config: EdgeConfig, process: ProcessConfig) -> None:
     around = _surroundings(config, process)
     listener = bind(config.listen, setting="TENFOLD_EDGE_LISTEN")
     log.install_loop_handler(asyncio.get_running_loop())
+    with closing(listener):
+        await _serve(config, around, listener)
+
+
+async def _serve(config: EdgeConfig, around: Surroundings, listener: socket.socket) -> None:
     async with open_edge(config, around) as app, serving(app, config, listener) as port:
         host = config.listen.rpartition(":")[0]
         _log.info("serving", host=host, port=port, url=f"http://{host}:{port}")

@@ -74,18 +74,12 @@ class Charges:
 
     Args:
         store: where buckets live.
-        quotas: by bucket name.
-        routes: whose contracts name the buckets.
-
-    Raises:
-        ContractError: a contract names a bucket that has no quota, or costs more than it holds.
+        prices: by RPC path, from `prices_of`.
     """
 
-    def __init__(
-        self, store: QuotaStore, quotas: Mapping[str, Quota], routes: Iterable[Route]
-    ) -> None:
+    def __init__(self, store: QuotaStore, prices: Mapping[str, Price]) -> None:
         self._store = store
-        self._prices = {route.method.full_name: _price(route, quotas) for route in routes}
+        self._prices = prices
 
     async def charge(self, route: Route, principal: Principal, address_block: str) -> Charge:
         """Charge a call in full.
@@ -128,6 +122,19 @@ def note_replay(charge: Charge) -> None:
     charge.refund_points = max(0, charge.price.cost_points - REFUSED_COST_POINTS)
 
 
+def prices_of(routes: Iterable[Route], quotas: Mapping[str, Quota]) -> dict[str, Price]:
+    """What each method costs, by RPC path.
+
+    Args:
+        routes: whose contracts name the buckets.
+        quotas: by bucket name.
+
+    Raises:
+        ContractError: a contract names a bucket that has no quota, or costs more than it holds.
+    """
+    return {route.method.full_name: _price(route, quotas) for route in routes}
+
+
 def _price(route: Route, quotas: Mapping[str, Quota]) -> Price:
     quota = route.method.options.quota
     bucket = quota.bucket or DEFAULT_BUCKET
@@ -136,8 +143,8 @@ def _price(route: Route, quotas: Mapping[str, Quota]) -> Price:
         raise ContractError(f"{route.method.full_name}: no quota is named {bucket!r}")
     if cost_points > quotas[bucket].burst_points:
         held = quotas[bucket].burst_points
-        message = f"costs {cost_points} points, but {bucket!r} holds only {held}"
-        raise ContractError(f"{route.method.full_name}: {message}")
+        setting = f"TENFOLD_EDGE_{bucket.upper()}_BURST_POINTS={held}"
+        raise ContractError(f"{setting} cannot pay {route.method.full_name}: {cost_points} points.")
     is_public = route.method.policy.access is Access.PUBLIC
     return Price(quotas[bucket], cost_points, quota.strict, is_public)
 

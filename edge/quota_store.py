@@ -149,11 +149,15 @@ class ValkeyQuotaStore:
 
     Args:
         client: made by `open_valkey`.
+        timeout_s: how long one answer may take, the wait for a connection included.
         clock: only for tests that compare with edge.quota; None is the server's TIME.
     """
 
-    def __init__(self, client: Redis, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self, client: Redis, *, timeout_s: float = VALKEY_TIMEOUT_S, clock: Clock | None = None
+    ) -> None:
         self._client = client
+        self._timeout_s = timeout_s
         self._clock = clock
         self._slots = asyncio.Semaphore(VALKEY_CONNECTIONS_MAX)
         self._sha = ""
@@ -163,7 +167,7 @@ class ValkeyQuotaStore:
 
         Raises:
             RedisError: Valkey answered with an error, or not at all.
-            TimeoutError: it took longer than VALKEY_TIMEOUT_S.
+            TimeoutError: it took longer than timeout_s.
         """
         cost_points = min(cost_points, quota.burst_points)
         allowed, debt_us, wait_us = await self._run(key, quota, cost_points)
@@ -175,7 +179,7 @@ class ValkeyQuotaStore:
 
         Raises:
             RedisError: Valkey answered with an error, or not at all.
-            TimeoutError: it took longer than VALKEY_TIMEOUT_S.
+            TimeoutError: it took longer than timeout_s.
         """
         await self._run(key, quota, -points)
 
@@ -183,7 +187,7 @@ class ValkeyQuotaStore:
         now_us = "" if self._clock is None else str(to_us(self._clock.now()))
         burst_us = quota.burst_points * quota.refill_us
         numbers = (str(quota.refill_us), str(burst_us), str(cost_points), now_us)
-        async with asyncio.timeout(VALKEY_TIMEOUT_S), self._slots:
+        async with asyncio.timeout(self._timeout_s), self._slots:
             answer = await self._evaluate(key, numbers)
         return cast("tuple[int, int, int]", tuple(answer))
 
@@ -275,16 +279,17 @@ class FallbackQuotaStore:
 
 
 @asynccontextmanager
-async def open_valkey(url: str) -> AsyncIterator[Redis]:
+async def open_valkey(url: str, *, timeout_s: float = VALKEY_TIMEOUT_S) -> AsyncIterator[Redis]:
     """Connect to Valkey when first asked; never retries, never waits long.
 
     Args:
         url: redis://host:port/0.
+        timeout_s: for connecting, and for each answer.
     """
     client = Redis.from_url(
         url,
-        socket_timeout=VALKEY_TIMEOUT_S,
-        socket_connect_timeout=VALKEY_TIMEOUT_S,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
         # redis-py repeats up to ten times by default, which charges ten times.
         retry=Retry(NoBackoff(), 0),
         max_connections=2 * VALKEY_CONNECTIONS_MAX,

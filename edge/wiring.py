@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from edge.app import Document, EdgeApp, Limits, Parts
 from edge.auth import ApiKeys, Authenticator, SigningKeys, has_valid_checksum
 from edge.auth_client import EndingRevocations, RpcAuthClient
-from edge.charges import Charges
+from edge.charges import Charges, prices_of
 from edge.config import EdgeConfig
 from edge.contracts import ContractError, Contracts, load_contracts
 from edge.cors import Cors
@@ -70,6 +70,7 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
     routes = RouteTable.of_contracts(contracts)
     for route in routes.routes:
         plan_of(route)  # compiled now, so that no request pays
+    prices = prices_of(routes.routes, config.quotas())
     open_streams = OpenStreams(config.streams_per_caller_max)
     methods = tuple(contracts.methods())
     async with AsyncExitStack() as stack:
@@ -88,7 +89,7 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
             Parts(
                 routes=routes,
                 upstream=Upstream(channels, around.signer),
-                charges=Charges(store, config.quotas(), routes.routes),
+                charges=Charges(store, prices),
                 addresses=LocalQuotaStore(around.clock),
                 limits=_limits(config),
                 cors=Cors(config.origins, routes),

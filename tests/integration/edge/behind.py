@@ -12,6 +12,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from google.api import httpbody_pb2
 from google.protobuf.empty_pb2 import Empty
+from tenfold.auth.v1 import auth_pb2, auth_service_pb2, auth_service_pb2_grpc
+from tenfold.ledger.v1 import ledger_pb2, ledger_service_pb2, ledger_service_pb2_grpc
+from tenfold.media.v1 import media_pb2, media_service_pb2, media_service_pb2_grpc
+
 from shared.errors import FailedPrecondition, NotFound, Unauthenticated
 from shared.identity import (
     ACCESS_TOKEN_AUDIENCE,
@@ -24,10 +28,6 @@ from shared.lifecycle import Registration
 from shared.rpc.context import Context
 from shared.rpc.policy import contract_policies
 from shared.rpc.server import RpcServer, RpcServerConfig
-
-from tenfold.auth.v1 import auth_pb2, auth_service_pb2, auth_service_pb2_grpc
-from tenfold.ledger.v1 import ledger_pb2, ledger_service_pb2, ledger_service_pb2_grpc
-from tenfold.media.v1 import media_pb2, media_service_pb2, media_service_pb2_grpc
 
 KNOWN = "accounts/0197a000-0000-7000-8000-000000000001"
 SCOPES = "ledger.read ledger.transfer ledger.accounts.write media.read media.upload"
@@ -91,8 +91,7 @@ class Videos(media_service_pb2_grpc.VideoServiceServicer):
             if kind == "breaks":
                 raise InsufficientFunds("It broke half way.")
             if kind == "endless":
-                while True:
-                    await asyncio.sleep(3600)
+                await asyncio.Event().wait()
             if kind == "flood":
                 while True:
                     yield self._step(request.name + "x" * 50_000, 50)
@@ -176,7 +175,8 @@ class Sessions(auth_service_pb2_grpc.SessionServiceServicer):
         yield auth_service_pb2.WatchRevocationsResponse(caught_up=True)
         while True:
             async with self.changed:
-                await self.changed.wait_for(lambda: len(self.revoked) > sent)
+                while len(self.revoked) == sent:
+                    await self.changed.wait()
             for credential in self.revoked[sent:]:
                 message = auth_service_pb2.WatchRevocationsResponse(credential=credential)
                 message.forget_time.FromSeconds(int(time.time()) + 600)

@@ -3,18 +3,23 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    closing,
+)
 from dataclasses import dataclass, replace
 
 import httpx
 import pytest
+
 from edge.app import EdgeApp
 from edge.config import EdgeConfig
 from edge.serving import bind, serving
 from edge.wiring import Surroundings, open_edge
 from shared.clock import SystemClock
 from shared.rpc.client import Upstreams
-
 from tests.integration.edge.behind import Behind
 
 READY_TIMEOUT_S = 10.0
@@ -74,17 +79,25 @@ def start_edge(behind: Behind, valkey_url: str) -> StartEdge:
         config = replace(config or EdgeConfig(drain_s=1.0), listen="127.0.0.1:0")
         upstreams = Upstreams.parse(f"*={behind.address}")
         around = Surroundings(upstreams, behind.edge_signer, valkey, SystemClock())
-        listener = bind(config.listen, setting="listen")
-        async with (
-            open_edge(config, around) as app,
-            serving(app, config, listener) as port,
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client,
-        ):
-            if is_ready:
-                await until_ready(client)
-            yield Edge(port, client, behind, app)
+        async with AsyncExitStack() as stack:
+            listener = stack.enter_context(closing(bind(config.listen, setting="listen")))
+            yield await stack.enter_async_context(
+                running(config, around, listener, behind, is_ready=is_ready)
+            )
 
     return start
+
+
+@asynccontextmanager
+async def running(config, around, listener, behind, *, is_ready: bool) -> AsyncIterator[Edge]:
+    async with (
+        open_edge(config, around) as app,
+        serving(app, config, listener) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as client,
+    ):
+        if is_ready:
+            await until_ready(client)
+        yield Edge(port, client, behind, app)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import time
 
 import httpx
 import pytest
+
 from edge.config import EdgeConfig
 
 
@@ -80,9 +81,7 @@ async def test_a_client_that_leaves_cancels_the_call(edge):
 
 async def test_a_slow_reader_slows_the_service_and_memory_stays_bounded(edge):
     before = edge.behind.videos.sent
-    async with edge.client.stream(
-        "GET", "/v1/videos/flood:watch", headers=edge.bearer()
-    ) as answer:
+    async with edge.client.stream("GET", "/v1/videos/flood:watch", headers=edge.bearer()) as answer:
         await anext(answer.aiter_bytes())
         await asyncio.sleep(0.5)
         first = edge.behind.videos.sent

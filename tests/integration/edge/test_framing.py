@@ -1,0 +1,244 @@
+"""HTTP/1.1 framing on raw sockets: the list of spec/reliability.md c.1."""
+
+import asyncio
+import gc
+import json
+import re
+import time
+
+import pytest
+
+from edge.config import EdgeConfig
+from tests.integration.edge.behind import KNOWN
+
+GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"
+POST = b"POST /v1/sessions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+def statuses(answer: bytes) -> list[int]:
+    return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
+
+
+END = b"\r\n0\r\n\r\n"
+BAD_FRAMING = {
+    "S1 length and coding": POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n" + END,
+    "S1 coding and length": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n" + END,
+    "S2 capital": POST + b"Transfer-Encoding: Chunked\r\n" + END,
+    "S2 xchunked": POST + b"Transfer-Encoding: xchunked\r\n" + END,
+    "S2 chunked, identity": POST + b"Transfer-Encoding: chunked, identity\r\n" + END,
+    "S2 gzip, chunked": POST + b"Transfer-Encoding: gzip, chunked\r\n" + END,
+    "S2 identity": POST + b"Transfer-Encoding: identity\r\n\r\n",
+    "S2 twice": POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n" + END,
+    "S2 HTTP/1.0 chunked": b"POST /v1/sessions HTTP/1.0\r\nTransfer-Encoding: chunked\r\n" + END,
+    "S3 two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+    "S3 same length twice": POST + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
+    "S3 list": POST + b"Content-Length: 5, 5\r\n\r\nhello",
+    "S4 negative": POST + b"Content-Length: -1\r\n\r\n",
+    "S4 plus": POST + b"Content-Length: +5\r\n\r\nhello",
+    "S4 hex": POST + b"Content-Length: 0x5\r\n\r\nhello",
+    "S4 space": POST + b"Content-Length: 5 5\r\n\r\nhello",
+    "S4 20 digits": POST + b"Content-Length: 99999999999999999999\r\n\r\n",
+    "S5 chunk size overflow": CHUNKED + b"FFFFFFFFFFFFFFFFF\r\n",
+    "S5 chunk size junk": CHUNKED + b"5 \r\nhello\r\n0\r\n\r\n",
+    "S5 chunk bare LF": CHUNKED + b"5\nhello\r\n0\r\n\r\n",
+    "S6 bare LF": b"GET /healthz HTTP/1.1\nHost: a\n\n",
+    "S6 CR alone": b"GET /healthz HTTP/1.1\rHost: a\r\r",
+    "S6 NUL in name": GET + b"A\x00b: c\r\n\r\n",
+    "S6 8-bit name": GET + b"A\xe9: c\r\n\r\n",
+    "S6 NUL in value": GET + b"A: b\x00c\r\n\r\n",
+    "S6 space before colon": GET + b"A : b\r\n\r\n",
+    "S6 folded": GET + b"A: b\r\n c\r\n\r\n",
+    "S6 no name": GET + b": b\r\n\r\n",
+    "S13 absolute form": b"GET http://a/healthz HTTP/1.1\r\nHost: a\r\n\r\n",
+    "S13 authority form": b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
+    "S13 8-bit target": b"GET /\xc3\xa9 HTTP/1.1\r\nHost: a\r\n\r\n",
+    "S14 no host": b"GET /healthz HTTP/1.1\r\n\r\n",
+    "S14 two hosts": GET + b"Host: b\r\n\r\n",
+    "S14 HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("request_bytes", BAD_FRAMING.values(), ids=BAD_FRAMING.keys())
+async def test_what_two_readers_may_read_differently_is_refused_and_the_connection_closed(
+    edge, request_bytes
+):
+    answer = await edge.raw(request_bytes + SMUGGLED)
+    assert statuses(answer) == [400], answer
+    assert b"connection: close" in answer.lower()
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["status"] == 400
+
+
+async def test_http_0_9_gets_505_or_nothing(edge):
+    assert statuses(await edge.raw(b"GET /healthz\r\n\r\n")) in ([505], [])
+
+
+async def test_an_unknown_method_is_501_and_trace_405(edge):
+    assert statuses(await edge.raw(b"FOO / HTTP/1.1\r\nHost: a\r\n\r\n")) == [501]
+    assert statuses(await edge.raw(b"TRACE /healthz HTTP/1.1\r\nHost: a\r\n\r\n")) == [405]
+
+
+async def test_trailers_never_become_headers(edge):
+    token = edge.bearer()["authorization"]
+    request = (
+        f"POST /v1/{KNOWN}:transferFunds HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+        f"Authorization: {token}\r\nIdempotency-Key: k\r\n\r\n"
+    )
+    assert statuses(await edge.raw(request.encode())) == [401]
+
+
+async def test_a_long_chunk_extension_is_refused(edge):
+    answer = await edge.raw(CHUNKED + b"5;" + b"x" * 1_000_000 + b"\r\nhello\r\n0\r\n\r\n")
+    assert statuses(answer) in ([400], [])
+
+
+async def test_small_chunks_of_an_honest_client_are_taken(edge):
+    body = b'{"email":"a@b.example","password":"wrong"}'
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    assert statuses(await edge.raw(CHUNKED + chunks + b"0\r\n\r\n")) == [401]
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"GET /" + b"a" * 65536 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+        (GET + b"A: b\r\n" * 10_000 + b"\r\n", 431),
+        (GET + b"A: " + b"x" * 1_048_576 + b"\r\n\r\n", 431),
+        (GET + b"A: " + b"x" * 1_048_576, 431),
+        (GET + (b"A: " + b"x" * 4000 + b"\r\n") * 20 + b"\r\n", 431),
+    ],
+    ids=["64 KiB target", "10,000 headers", "1 MiB header", "endless header", "80 KiB of headers"],
+)
+async def test_an_oversized_head_is_refused(edge, request_bytes, status):
+    assert statuses(await edge.raw(request_bytes)) == [status]
+
+
+async def test_ten_thousand_pipelined_requests_are_answered_in_part_and_closed(edge):
+    answer = await edge.raw(SMUGGLED * 10_000)
+    assert set(statuses(answer)) <= {200, 429}
+    assert len(statuses(answer)) < 10_000
+    assert (await edge.client.get("/healthz")).status_code == 200
+
+
+async def test_a_few_pipelined_requests_are_answered_in_order(edge):
+    answer = await edge.raw(SMUGGLED + b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n" + SMUGGLED)
+    assert statuses(answer) == [200, 404, 200]
+
+
+async def test_an_upgrade_is_declined_by_answering(edge):
+    request = GET + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n"
+    answer = await edge.raw(request + SMUGGLED)
+    assert statuses(answer) == [200]
+    assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "//healthz",
+        "/healthz/",
+        "/x/../healthz",
+        "/%2e%2e/healthz",
+        "/v1/..;/healthz",
+        "/healthz%00",
+    ],
+)
+async def test_disguised_paths_are_not_normalised_into_others(edge, target):
+    answer = await edge.raw(f"GET {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+    assert statuses(answer) in ([400], [404])
+
+
+async def test_an_encoded_slash_stays_inside_its_segment(edge):
+    answer = await edge.client.get("/v1/accounts/a%2Fb", headers=edge.bearer())
+    assert answer.status_code == 404
+    assert answer.json()["reason"] == "NOT_FOUND"  # the service was asked, for that very name
+
+
+async def test_slow_heads_and_bodies_end_while_others_are_served(start_edge):
+    config = EdgeConfig(head_timeout_s=0.5, body_timeout_s=0.5, drain_s=1.0)
+    async with start_edge(config) as edge:
+
+        async def slow(request: bytes) -> tuple[bytes, float]:
+            before = time.monotonic()
+            answer = await edge.raw(request, silence_s=4)
+            return answer, time.monotonic() - before
+
+        token = edge.bearer()["authorization"].encode()
+        path = f"POST /v1/{KNOWN}:transferFunds HTTP/1.1\r\nHost: a\r\n".encode()
+        body = path + b"Authorization: " + token + b"\r\nContent-Length: 50\r\n\r\nabc"
+        heads = [slow(b"GET /hea") for _ in range(100)] + [
+            slow(GET + b"A: b\r\n") for _ in range(100)
+        ]
+        waiting = asyncio.gather(*heads, *(slow(body) for _ in range(50)))
+        before = time.monotonic()
+        assert (await edge.client.get("/healthz")).status_code == 200
+        assert time.monotonic() - before < 2
+        answers = await waiting
+    for answer, seconds in answers:
+        assert statuses(answer) == [408]
+        assert seconds < 4
+
+
+async def test_drip_fed_heads_are_not_kept_alive_by_their_drops(start_edge):
+    async with start_edge(EdgeConfig(head_timeout_s=0.5, drain_s=1.0)) as edge:
+        reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+        before = time.monotonic()
+        try:
+            while not reader.at_eof() and time.monotonic() < before + 5:
+                writer.write(b"\r\n")
+                await asyncio.sleep(0.05)
+                if reader._buffer:
+                    break
+        except ConnectionError:
+            pass
+        writer.close()
+        assert time.monotonic() - before < 3
+
+
+async def test_one_address_may_hold_only_so_many_connections(start_edge):
+    async with start_edge(EdgeConfig(connections_per_address_max=20, drain_s=1.0)) as edge:
+        held = [await asyncio.open_connection("127.0.0.1", edge.port) for _ in range(60)]
+        await asyncio.sleep(0.2)
+        closed = sum(reader.at_eof() for reader, _ in held)
+        assert closed >= 40
+        for _, writer in held:
+            writer.close()
+        await asyncio.sleep(0.1)
+        assert (await edge.client.get("/healthz")).status_code == 200
+        gc.collect()
+
+
+async def test_only_listed_origins_may_call_from_a_page(start_edge):
+    config = EdgeConfig(cors_origins="https://app.example.com", drain_s=1.0)
+    async with start_edge(config) as edge:
+
+        async def preflight(origin: str, method: str = "POST", path: str = "/v1/accounts"):
+            headers = {"origin": origin, "access-control-request-method": method}
+            return await edge.client.options(path, headers=headers)
+
+        good = await preflight("https://app.example.com")
+        assert good.status_code == 204
+        assert good.headers["access-control-allow-origin"] == "https://app.example.com"
+        assert "idempotency-key" in good.headers["access-control-allow-headers"]
+        assert "access-control-allow-credentials" not in good.headers
+        for origin in ("null", "https://evil.example", "https://app.example.com.evil.example"):
+            bad = await preflight(origin)
+            assert bad.status_code == 403
+            assert "access-control-allow-origin" not in bad.headers
+        assert (await preflight("https://app.example.com", "DELETE")).status_code == 403
+        patch = await preflight("https://app.example.com", "PATCH", "/v1/files/u1")
+        assert "upload-offset" in patch.headers["access-control-allow-headers"]
+        headers = {**edge.bearer(), "origin": "https://app.example.com"}
+        answer = await edge.client.get(f"/v1/{KNOWN}", headers=headers)
+        assert answer.headers["access-control-allow-origin"] == "https://app.example.com"
+        refused = await edge.client.get("/v1/accounts/other", headers=headers)
+        assert refused.headers["access-control-allow-origin"] == "https://app.example.com"
+
+
+async def test_a_hundred_thousand_query_parameters_do_not_fit(edge):
+    answer = await edge.raw(
+        b"GET /v1/accounts?" + b"a=1&" * 100_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n"
+    )
+    assert statuses(answer) == [414]
