@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import TypeVar
 
 from argon2 import PasswordHasher, Type
-from argon2.exceptions import InvalidHashError, VerificationError
+from argon2.exceptions import VerifyMismatchError
 
 from services.auth.domain import HashingBusy
 
@@ -81,5 +81,5 @@ class PasswordPool:
 def _verify(password_hash: str, password: str) -> bool:
     try:
         return _HASHER.verify(password_hash, password)
-    except (VerificationError, InvalidHashError):
+    except VerifyMismatchError:
         return False

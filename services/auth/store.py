@@ -249,7 +249,11 @@ class AuthStore(Protocol):
         ...
 
     async def list_revocations(self, since: datetime) -> Sequence[Revocation]:
-        """What has been revoked since then, on every shard."""
+        """What has been revoked since then, on every shard: complete, or an error."""
+        ...
+
+    async def poll_revocations(self, since: datetime) -> Sequence[Revocation]:
+        """As list_revocations, but cheap: a bucket that moves meanwhile may be missing."""
         ...
 
 
@@ -526,6 +530,14 @@ class SqlAuthStore:
         """See AuthStore.list_revocations."""
         gathered = await scatter(self._shards, RECENT_REVOCATIONS, to_us(since))
         return [Revocation(row["id"], of_us(row["forget_us"])) for row in gathered.rows]
+
+    async def poll_revocations(self, since: datetime) -> Sequence[Revocation]:
+        """See AuthStore.poll_revocations."""
+        found: list[Revocation] = []
+        for shard in self._shards.all():
+            rows = await shard.fetch_all(RECENT_REVOCATIONS, to_us(since))
+            found += [Revocation(row["id"], of_us(row["forget_us"])) for row in rows]
+        return found
 
     async def run_forgetting(self) -> None:
         """Delete revocations whose tokens have all expired, until cancelled."""

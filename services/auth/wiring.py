@@ -84,7 +84,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
                 ],
                 loops=[
                     partial(run_relay, shards, runtime.bus, service=NAME, clock=clock),
-                    partial(hub.run, store.list_revocations),
+                    partial(hub.run, store.poll_revocations),
                     store.run_confirmations,
                     store.run_forgetting,
                 ],

@@ -35,7 +35,6 @@ from shared.errors import (
 )
 from shared.identity import (
     IDENTITY_METADATA_KEY,
-    PUBLIC,
     IdentityVerifier,
     Principal,
     PrincipalKind,
@@ -244,7 +243,7 @@ class _Guarded:
     def _authorize(self, principal: Principal) -> None:
         policy = self._policy
         if principal.kind not in self._admitted:
-            if principal is PUBLIC and self._admitted:
+            if principal.kind is PrincipalKind.PUBLIC and self._admitted:
                 raise Unauthenticated("this method needs a credential")
             raise PermissionDenied("this caller may not use this method")
         if not policy.scopes <= principal.scopes:
