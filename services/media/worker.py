@@ -138,7 +138,7 @@ class TranscodeWorker:
 
     async def _run(self, video: Video) -> bool:
         """One run of a claimed video; whether no other is needed."""
-        log = _log.bind(video=video_name(video.id), token=video.job_token)
+        log = _log.bind(video=video_name(video.id), run=video.job_token)
         try:
             await self._convert_while_held(video)
         except RunLost as lost:

@@ -180,8 +180,9 @@ class MediaClient:
             await call.done_writing()
         except asyncio.InvalidStateError:
             pass  # answered before the body was over
-        initial = dict(await call.initial_metadata())
+        # In this order, as the edge does it: a message says that the metadata is there.
         parts = [part async for part in call]
+        initial = dict(await call.initial_metadata())
         return RawAnswer(
             int(initial.get("http-status", "0")),
             {

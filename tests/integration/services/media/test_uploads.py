@@ -229,3 +229,11 @@ async def test_nobody_has_more_open_than_the_limit(own_media: MediaProcess):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await client.create(1)
         assert code_of(refused) == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_no_answer_loses_its_status_in_a_burst(media):
+    async with media.client(new_user()) as client:
+        upload = await client.create(5)
+        for _ in range(10):
+            answers = await asyncio.gather(*(client.tus("HEAD", upload) for _ in range(20)))
+            assert {answer.status for answer in answers} == {200}
