@@ -232,7 +232,10 @@ def parsed_events(response: http.client.HTTPResponse, last_id: str) -> Iterator[
         elif name == "data":
             data += value
         elif not text and data:
+            if kind == "end":
+                return
             if kind == "error":
                 raise ConnectionError(f"the stream ended with an error: {data}")
             yield last_id, json.loads(data)
             kind, data = "message", ""
+    raise ConnectionError("the stream was cut")
