@@ -155,7 +155,8 @@ class Bus:
                 raise BusClosed("the connection to NATS was closed")
             # A poll beside the event: is_connected also changes without a callback.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._is_settled.wait(), RECONNECT_MAX_S)
+                async with asyncio.timeout(RECONNECT_MAX_S):
+                    await self._is_settled.wait()
                 await asyncio.sleep(0 if self.is_connected else RECONNECT_MIN_S)
         return self._generation
 
@@ -245,11 +246,17 @@ class Bus:
                 raise
 
     async def stream_info(self, name: str) -> StreamInfo | None:
-        """What the server knows of a stream; None if there is none."""
+        """What the server knows of a stream; None if there is none.
+
+        Raises:
+            BusUnavailable: NATS does not answer.
+        """
         try:
             return await self.jetstream.stream_info(name)
         except NotFoundError:
             return None
+        except (nats.errors.Error, TimeoutError, OSError) as error:
+            raise BusUnavailable(f"stream {name}: {error}") from error
 
     async def ensure_consumer(self, stream: str, wanted: ConsumerConfig) -> None:
         """Create a durable consumer, or bring an existing one to this configuration.

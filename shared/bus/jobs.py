@@ -18,6 +18,7 @@ import structlog
 from nats.aio.msg import Msg
 
 from shared.bus import rules
+from shared.bus.checkpoint import checkpoint
 from shared.bus.jetstream import Bus, BusUnavailable, consumer_definition
 from shared.bus.pull import Pull, Slots, run_pull
 from shared.crashpoints import CrashPoint
@@ -27,6 +28,7 @@ DELIVER_WITHOUT_END = -1
 own rule ends the tries and takes the job out."""
 
 ACK_S = 5.0
+GIVE_BACK_S = 1.0
 
 DONE_NOT_ACKED = CrashPoint("jobs.done_not_acked", "the job's work is done, the message not acked")
 
@@ -90,7 +92,6 @@ async def run_jobs(bus: Bus, queue: JobQueue) -> None:
         BusClosed: the connection will never come back.
     """
     waiting: asyncio.Queue[Msg] = asyncio.Queue()
-    slots = Slots(queue.concurrency)
     pull = Pull(
         stream=rules.work_stream(queue.service),
         consumer=consumer_definition(
@@ -101,30 +102,29 @@ async def run_jobs(bus: Bus, queue: JobQueue) -> None:
             max_ack_pending=1000,
         ),
         prepare=lambda: bus.ensure_readable(queue.service),
-        slots=slots,
+        slots=Slots(queue.concurrency),
         accept=waiting.put_nowait,
     )
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(run_pull(bus, pull))
         for _ in range(queue.concurrency):
-            tasks.create_task(_run_worker(bus, queue, waiting, slots))
+            tasks.create_task(_run_worker(bus, queue, pull, waiting))
 
 
-async def _run_worker(
-    bus: Bus, queue: JobQueue, waiting: "asyncio.Queue[Msg]", slots: Slots
-) -> None:
+async def _run_worker(bus: Bus, queue: JobQueue, pull: Pull, waiting: "asyncio.Queue[Msg]") -> None:
     while True:
+        checkpoint()
         message = await waiting.get()
         try:
-            await _settle(bus, queue, message)
+            await _settle(bus, queue, pull, message)
         except (nats.errors.Error, TimeoutError, OSError, BusUnavailable) as error:
             # The ack did not arrive: the job comes again, and its handler knows its result.
             _log.info("jobs.not_settled", subject=message.subject, error=str(error))
         finally:
-            slots.give_back()
+            pull.slots.give_back()
 
 
-async def _settle(bus: Bus, queue: JobQueue, message: Msg) -> None:
+async def _settle(bus: Bus, queue: JobQueue, pull: Pull, message: Msg) -> None:
     """Run, acknowledge, or say when to try again: the boundary of one job."""
     try:
         job = job_of(message)
@@ -136,8 +136,10 @@ async def _settle(bus: Bus, queue: JobQueue, message: Msg) -> None:
         async with _Heartbeat(message, queue.ack_wait_s / 3):
             await _run_or_give_up(bus, queue, job, message)
     except asyncio.CancelledError:
-        with suppress(nats.errors.Error, OSError):
-            await message.nak()
+        with suppress(nats.errors.Error, OSError, TimeoutError):
+            async with asyncio.timeout(GIVE_BACK_S):
+                await pull.has_ended.wait()
+                await message.nak()
         raise
     except Exception as error:
         _log.warning("jobs.failed", job=str(job.id), tries=job.delivery_count, error=repr(error))
@@ -206,6 +208,7 @@ class _Heartbeat:
 
     async def _beat(self) -> None:
         while True:
+            checkpoint()
             await asyncio.sleep(self._period_s)
             # Lost heartbeats are no reason to stop: at worst the job runs twice.
             with suppress(nats.errors.Error, OSError):

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import structlog
 
 from shared.bus import rules
+from shared.bus.checkpoint import checkpoint
 from shared.bus.jetstream import Bus, StreamMissing
 from shared.clock import Clock, of_us, to_us
 from shared.crashpoints import CrashPoint
@@ -153,12 +154,13 @@ class _Streams:
     async def run(self) -> None:
         """Keep the streams until cancelled."""
         while True:
+            checkpoint()
             generation = await self._bus.wait_connected()
             self._is_wanted.clear()
             try:
                 await self._prepare()
                 while not await self._is_outdated(generation):
-                    pass
+                    checkpoint()
             except TenfoldError as error:
                 _log.warning("relay.streams", service=self._service, error=str(error))
                 await asyncio.sleep(random.uniform(0.1, 0.5))  # noqa: S311 -- jitter
@@ -177,7 +179,8 @@ class _Streams:
             if generation != self._bus.generation or not self._bus.is_connected:
                 return True
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._is_wanted.wait(), POLL_MAX_S)
+                async with asyncio.timeout(POLL_MAX_S):
+                    await self._is_wanted.wait()
                 return True
         births = {name: birth for name, (birth, _) in (await self._look()).items()}
         return births != {name: birth for name, (birth, _) in self.ends.items()}
@@ -223,6 +226,7 @@ class _ShardRelay:
         """Publish until cancelled; a failing shard is tried again, the others do not notice."""
         poll_s = POLL_MIN_S
         while True:
+            checkpoint()
             self.wake.clear()
             try:
                 epoch = await self._streams.wait_ready()
@@ -236,7 +240,8 @@ class _ShardRelay:
             poll_s = min(poll_s * 2, POLL_MAX_S) if is_done else POLL_MIN_S
             if is_done:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self.wake.wait(), poll_s)
+                    async with asyncio.timeout(poll_s):
+                        await self.wake.wait()
 
     async def _publish_all(self) -> bool:
         """One pass over the unsent set. True if nothing more can be sent now."""
@@ -272,6 +277,7 @@ class _ShardRelay:
         """One aggregate's events, each after the answer to the one before."""
         async with self._parallel:
             for row in rows:
+                checkpoint()
                 try:
                     sent.append(await self._publish(row))
                 except TenfoldError as error:

@@ -11,7 +11,7 @@ import json
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import nats.errors
 import structlog
@@ -19,6 +19,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 from nats.js.api import ConsumerConfig
 
+from shared.bus.checkpoint import checkpoint
 from shared.bus.jetstream import Bus
 from shared.errors import Unavailable
 
@@ -67,6 +68,8 @@ class Pull:
         prepare: makes sure the stream exists; called before the consumer is made.
         slots: bounds the messages in hand; `accept` takes one slot per message.
         accept: receives each message; must not block.
+        has_ended: set when nothing is pulled any more. A message is given back after it,
+            or the server would hand it to the request that is just being taken back.
     """
 
     stream: str
@@ -74,6 +77,7 @@ class Pull:
     prepare: Callable[[], Awaitable[None]]
     slots: Slots
     accept: Callable[[Msg], None]
+    has_ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 async def run_pull(bus: Bus, pull: Pull) -> None:
@@ -82,7 +86,15 @@ async def run_pull(bus: Bus, pull: Pull) -> None:
     Raises:
         BusClosed: the connection will never come back.
     """
+    try:
+        await _run_pull(bus, pull)
+    finally:
+        pull.has_ended.set()
+
+
+async def _run_pull(bus: Bus, pull: Pull) -> None:
     while True:
+        checkpoint()
         generation = await bus.wait_connected()
         try:
             await pull.prepare()
@@ -101,6 +113,7 @@ async def _pull_while_connected(bus: Bus, pull: Pull, generation: int) -> None:
     try:
         is_alive = True
         while is_alive and bus.generation == generation and bus.is_connected:
+            checkpoint()
             batch = await pull.slots.wait_free()
             await bus.send(subject, _request(batch), reply=inbox)
             is_alive = await _collect(subscription, pull, batch)
@@ -121,6 +134,7 @@ def _request(batch: int) -> bytes:
 async def _collect(subscription: NatsSubscription, pull: Pull, batch: int) -> bool:
     """Take one request's messages; False when it was lost or its consumer is gone."""
     while batch:
+        checkpoint()
         try:
             message = await subscription.next_msg(timeout=SILENCE_S)
         except TimeoutError:

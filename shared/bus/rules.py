@@ -21,9 +21,12 @@ MAX_DELIVER = 12
 POISON_AT = 8
 """A message that failed this often goes to the dead letters."""
 
-LAST_RUN_AT = 10
-"""From the next delivery on, a message is dead-lettered without being run: it kills whoever
-tries. Two below MAX_DELIVER, so that one lost answer does not lose the message."""
+SUSPECT_AT = 4
+"""From this delivery on, an event may be what ends its workers: it runs alone and counted."""
+
+STARTS_MAX = 3
+"""Counted runs that never ended; then the event is dead-lettered without another. With
+SUSPECT_AT well below MAX_DELIVER, which leaves deliveries for failures of other kinds."""
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 60.0

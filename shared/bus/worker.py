@@ -11,8 +11,9 @@ Only then is the message acknowledged. An ack may be lost; the inbox is what cou
 What fails is delivered again after half a second, doubling to a minute. The eighth
 failure writes the event to the dead letters, once, and its aggregate goes on. A part
 that is down (Unavailable and its like) is no fault of the event: it is retried in place
-and never dead-lettered. An event that kills the process is counted by the server and
-dead-lettered without another run.
+and never dead-lettered. An event that was delivered often without an outcome may be what
+kills its workers: it runs alone, each start counted beforehand, and is dead-lettered
+without another run.
 """
 
 import asyncio
@@ -32,6 +33,7 @@ from google.protobuf.message import DecodeError, Message
 from nats.aio.msg import Msg
 
 from shared.bus import rules
+from shared.bus.checkpoint import checkpoint
 from shared.bus.jetstream import (
     ADVISORY_STREAM,
     ADVISORY_SUBJECT,
@@ -43,6 +45,7 @@ from shared.bus.pull import Pull, Slots, run_pull
 from shared.bus.rules import Verdict
 from shared.clock import Clock, to_us
 from shared.crashpoints import CrashPoint
+from shared.db.ids import BUCKET_COUNT
 from shared.db.port import Shards, Transaction
 from shared.errors import Aborted, DeadlineExceeded, Overloaded, QuotaExceeded, Unavailable
 
@@ -62,6 +65,9 @@ LANE_COUNT = 16
 PREFETCH_PER_LANE = 8
 ACK_PENDING_MAX = 1000
 """More than the slots of one process: messages that wait for their next try count too."""
+
+STARTS = "#starts"
+"""Suffix of the consumer under whose positions the starts of a suspect are counted."""
 
 APPLY_S = 20.0
 WAITING_KEYS_MAX = 10_000
@@ -97,6 +103,9 @@ ADVANCE_POSITION = """
 INSERT INTO inbox_pos (bucket, consumer, aggregate, event_no) VALUES ($1, $2, $3, $4)
 ON CONFLICT (bucket, consumer, aggregate) DO UPDATE SET event_no = excluded.event_no
 WHERE inbox_pos.event_no < excluded.event_no
+"""
+DELETE_POSITION = """
+DELETE FROM inbox_pos WHERE bucket = $1 AND consumer = $2 AND aggregate = $3
 """
 INSERT_DEAD_LETTER = """
 INSERT INTO dead_letter
@@ -212,7 +221,7 @@ def event_of(subject: str, headers: Mapping[str, str], payload: bytes) -> Event:
         return Event(
             id=UUID(headers[rules.MESSAGE_ID]),
             type=headers[rules.TYPE],
-            bucket=rules.bucket_of_subject(subject),
+            bucket=_checked_bucket(subject),
             aggregate=headers[rules.AGGREGATE],
             event_no=int(headers[rules.EVENT_NO]),
             tenant=headers[rules.TENANT],
@@ -272,6 +281,7 @@ class _Worker:
         self._clock = clock
         self._wanted = {message.DESCRIPTOR.full_name for message in subscription.messages}
         self._slots = Slots(LANE_COUNT * PREFETCH_PER_LANE)
+        self._suspects = asyncio.Lock()
         self._waiting: dict[tuple[int, str], int] = {}
         """The lowest event of an aggregate that failed here and will come again."""
         self._advisories: asyncio.Queue[Msg] = asyncio.Queue()
@@ -301,6 +311,7 @@ class _Worker:
     async def run_lane(self, lane: "asyncio.Queue[Msg]") -> None:
         """Settle the messages of one lane, one after the other."""
         while True:
+            checkpoint()
             message = await lane.get()
             try:
                 await self._settle(message)
@@ -318,12 +329,11 @@ class _Worker:
             event = event_of(message.subject, headers, payload)
         except MalformedEvent as error:
             _log.error("bus.malformed", subject=message.subject, error=str(error))
-            return await message.term()
+            return await self._park_malformed(message, str(error))
         while True:
+            checkpoint()
             try:
-                # A task of its own: a failed transaction leaves the writer a moment after its
-                # task has heard of it, and a task that seems to hold the writer is refused.
-                await asyncio.create_task(self._apply_or_bury(event, deliveries))
+                await self._apply_or_bury(event, deliveries)
             except WAIT_AND_RETRY as error:
                 _log.info("bus.retry", event_id=str(event.id), error=repr(error))
                 if deliveries < rules.POISON_AT:
@@ -341,21 +351,71 @@ class _Worker:
     async def _apply_or_bury(self, event: Event, deliveries: int) -> None:
         """Returns when the event is dealt with for good; the last failure is buried."""
         async with asyncio.timeout(APPLY_S):
-            if deliveries > rules.LAST_RUN_AT:
-                return await self._bury(event, deliveries, "it ended every worker that ran it")
-            is_last_try = deliveries >= rules.POISON_AT
             try:
-                await self._apply(event, accepts_gap=is_last_try and self._is_foremost(event))
-            except EventGap:
-                raise  # its predecessor is still being tried here: no fault of this event
-            except WAIT_AND_RETRY:
-                raise
+                if deliveries < rules.SUSPECT_AT:
+                    await self._apply(event, accepts_gap=False)
+                else:
+                    await self._apply_suspect(event, deliveries)
+            except (EventGap, *WAIT_AND_RETRY):
+                raise  # a predecessor is late, a part is down: no fault of this event
             except Exception as error:
                 if deliveries < rules.POISON_AT:
                     raise
                 _log.error("bus.dead_letter", event_id=str(event.id), error=repr(error))
-                text = f"{type(error).__name__}: {error}"
-                await asyncio.create_task(self._bury(event, deliveries, text))
+                await self._bury(event, deliveries, f"{type(error).__name__}: {error}")
+
+    async def _apply_suspect(self, event: Event, deliveries: int) -> None:
+        """Apply an event that came so often that it may be what ends its workers.
+
+        Suspects run one at a time, and each start is committed before it: an event that
+        merely was in hand when another ended the process is not blamed for it.
+        """
+        accepts_gap = deliveries >= rules.POISON_AT and self._is_foremost(event)
+        async with self._suspects:
+            if await self._count_start(event) > rules.STARTS_MAX:
+                _log.error("bus.killer", event_id=str(event.id))
+                return await self._bury(event, deliveries, "it ended every worker that ran it")
+            try:
+                await self._apply(event, accepts_gap=accepts_gap)
+            finally:
+                with suppress(*WAIT_AND_RETRY):
+                    await self._forget_starts(event)
+
+    async def _count_start(self, event: Event) -> int:
+        key = (event.bucket, f"{self._subscription.consumer}{STARTS}", str(event.id))
+        async with self._shards.bucket(event.bucket).transaction() as tx:
+            row = await tx.fetch_one(SELECT_POSITION, *key)
+            starts = 1 if row is None else int(row["event_no"]) + 1
+            await tx.execute(ADVANCE_POSITION, *key, starts)
+        return starts
+
+    async def _forget_starts(self, event: Event) -> None:
+        key = (event.bucket, f"{self._subscription.consumer}{STARTS}", str(event.id))
+        async with self._shards.bucket(event.bucket).transaction() as tx:
+            await tx.execute(DELETE_POSITION, *key)
+
+    async def _park_malformed(self, message: Msg, error: str) -> None:
+        """Keep what cannot even be read where an operator finds it."""
+        metadata = message.metadata
+        event = Event(
+            id=UUID(int=metadata.sequence.stream),
+            type="",
+            bucket=_bucket_or_first(message.subject),
+            aggregate="",
+            event_no=0,
+            tenant="",
+            time=metadata.timestamp,
+            payload=message.data,
+            headers=message.headers or {},
+            subject=message.subject,
+        )
+        try:
+            async with self._shards.bucket(event.bucket).transaction() as tx:
+                await self._insert_dead_letter(tx, event, metadata.num_delivered, error)
+        except WAIT_AND_RETRY:
+            await self._try_later(message, metadata.num_delivered)
+        else:
+            await message.ack()
 
     def _note_waiting(self, event: Event) -> None:
         if len(self._waiting) >= WAITING_KEYS_MAX:
@@ -475,6 +535,7 @@ class _Worker:
     async def run_given_up(self) -> None:
         """Bury what the server gave up."""
         while True:
+            checkpoint()
             advisory = await self._advisories.get()
             try:
                 await self._bury_given_up(json.loads(advisory.data))
@@ -499,6 +560,20 @@ class _Worker:
                 for lane in self.lanes:
                     while not lane.empty():
                         await lane.get_nowait().nak()
+
+
+def _checked_bucket(subject: str) -> int:
+    bucket = rules.bucket_of_subject(subject)
+    if not 0 <= bucket < BUCKET_COUNT:
+        raise ValueError(f"there is no bucket {bucket}")
+    return bucket
+
+
+def _bucket_or_first(subject: str) -> int:
+    try:
+        return _checked_bucket(subject)
+    except ValueError:
+        return 0
 
 
 async def redrive(shards: Shards, subscription: Subscription, *, bucket: int, letter: UUID) -> bool:

@@ -27,7 +27,8 @@ async def working(bus: Bus, queue: JobQueue):
         yield
     finally:
         task.cancel()
-        await asyncio.wait({task})
+        await asyncio.wait({task}, timeout=10)
+        assert task.done(), "the loop does not end when it is cancelled"
 
 
 def queue_of(handle, **changes) -> JobQueue:

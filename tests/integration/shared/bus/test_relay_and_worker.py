@@ -40,12 +40,13 @@ async def running(*coroutines):
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         yield
-        for task in tasks:
-            assert not task.done(), task.exception()
     finally:
+        ended = [task for task in tasks if task.done()]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks, timeout=10)
+        assert all(task.done() for task in tasks), "a loop does not end when it is cancelled"
+        assert not ended, [task.exception() for task in ended]
 
 
 def relay(source, bus):
@@ -273,6 +274,35 @@ async def test_poison_is_dead_lettered_once_and_the_others_go_on(
 
         await eventually(others_applied)
     assert await dead_letters(sink) == [("ValueError: cannot be applied", rules.POISON_AT)]
+
+
+async def test_what_the_server_gave_up_is_dead_lettered_too(
+    source, sink, bus, eventually, monkeypatch
+):
+    """As if a worker were killed at every single delivery: our own count never gets there."""
+    monkeypatch.setattr(rules, "MAX_DELIVER", 2)
+    monkeypatch.setattr(rules, "BACKOFF_FIRST_S", 0.01)
+    await emit(source, 3, posted("transactions/p", "poison"), posted("transactions/q", "r"))
+    async with running(relay(source, bus), worker(bus, sink)):
+
+        async def is_dead():
+            return await dead_letters(sink) == [("given up by the server", 2)]
+
+        await eventually(is_dead)
+        assert await applied(sink) == ["r"]
+
+
+async def test_what_is_no_event_at_all_is_kept_for_an_operator(source, sink, bus, eventually):
+    await bus.ensure_streams("payment")
+    await bus.publish("evt.payment.TransactionPosted.7", b"junk", {})
+    await bus.publish("evt.payment.TransactionPosted.x", b"junk", {})
+    await emit(source, 3, posted("transactions/q", "r"))
+    async with running(relay(source, bus), worker(bus, sink)):
+
+        async def are_parked():
+            return len(await dead_letters(sink)) == 2 and await applied(sink) == ["r"]
+
+        await eventually(are_parked)
 
 
 async def test_a_dead_letter_can_be_applied_again_and_is_gone_then(
