@@ -32,7 +32,6 @@ _LIMITS = {
 
 
 def _die_with(parent_pid: int) -> None:
-    # As shared.supervision.die_with, which cannot be imported here: -I hides the project.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
