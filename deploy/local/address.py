@@ -1,13 +1,19 @@
 """Where a program listens: parsed, free to take, or refused in one sentence."""
 
 import errno
+import secrets
 import socket
-from contextlib import ExitStack
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 from deploy.local.errors import LaunchError
 
 LOOPBACK = "127.0.0.1"
+# Below the ports that Linux gives to outgoing connections: one of those would keep a program
+# that died from coming back on its own port.
+PORTS = range(20_000, 32_000)
+PORT_TRIES_MAX = 1000
 
 
 @dataclass(frozen=True)
@@ -55,15 +61,30 @@ def require_free(address: Address, *, setting: str) -> None:
         raise LaunchError(_refusal(address, setting, error)) from error
 
 
-def free_addresses(count: int) -> list[Address]:
+def free_addresses(count: int, *, avoid: Collection[int] = ()) -> list[Address]:
     """Loopback addresses that nothing listens on, all different.
 
     Between this and the child's own bind another process may take one; the child then
     fails at its start and says so.
+
+    Args:
+        count: how many.
+        avoid: ports that somebody is about to take.
+
+    Raises:
+        LaunchError: there are no free ports left.
     """
-    with ExitStack() as held:
-        bound = [held.enter_context(_bind(Address(LOOPBACK, 0))) for _ in range(count)]
-        return [Address(LOOPBACK, taken.getsockname()[1]) for taken in bound]
+    found: list[Address] = []
+    for _ in range(PORT_TRIES_MAX):
+        address = Address(LOOPBACK, secrets.choice(PORTS))
+        if len(found) == count:
+            return found
+        if address in found or address.port in avoid:
+            continue
+        with suppress(OSError):
+            _bind(address).close()
+            found.append(address)
+    raise LaunchError("This machine has no free ports between 20000 and 32000.")
 
 
 def _bind(address: Address) -> socket.socket:

@@ -59,11 +59,12 @@ def choose_addresses(launch: Launch) -> Addresses:
     Raises:
         LaunchError: a chosen port is taken; the sentence names the setting.
     """
-    edge, services, nats, valkey, mail = free_addresses(5)
-    if launch.edge.port == 0:
-        return Addresses(Address(launch.edge.host, edge.port), services, nats, valkey, mail)
     text = value_of(SERVICES_SETTING, launch.environ, launch.settings)
     wanted = Address.parse(text, setting=SERVICES_SETTING)
+    chosen = {launch.edge.port, wanted.port}
+    edge, services, nats, valkey, mail = free_addresses(5, avoid=chosen)
+    if launch.edge.port == 0:
+        return Addresses(Address(launch.edge.host, edge.port), services, nats, valkey, mail)
     require_free(launch.edge, setting=f"--edge or {EDGE_SETTING}")
     if wanted.port:
         require_free(wanted, setting=SERVICES_SETTING)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
-STAT_STATE, STAT_PARENT, STAT_STARTED = 0, 1, 19  # proc(5), counted after the command's name
+# proc(5), counted after the command's name.
+STAT_STATE, STAT_PARENT, STAT_THREADS, STAT_STARTED = 0, 1, 17, 19
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class ProcessMark:
         if not PROC.is_dir():
             return _answers_signals(self.pid)
         stat = _stat(self.pid)
-        return bool(stat) and stat[STAT_STATE] != "Z" and int(stat[STAT_STARTED]) == self.started
+        if not stat or int(stat[STAT_STARTED]) != self.started:
+            return False
+        # A zombie's other threads may still be ending, and hold its files and ports until then.
+        return stat[STAT_STATE] != "Z" or int(stat[STAT_THREADS]) > 1
 
 
 def mark(pid: int) -> ProcessMark:
