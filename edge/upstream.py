@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from google.protobuf.message import Message
 
 from edge.contracts import MethodInfo
-from edge.raw import STATUS_KEY
-from shared.errors import Internal, TenfoldError
+from edge.raw import RETRY_AFTER_S, STATUS_KEY
+from shared.errors import Internal, TenfoldError, Unavailable
 from shared.identity import IDENTITY_METADATA_KEY, Principal
 from shared.rpc.context import REPLAYED_METADATA
 from shared.rpc.interceptors import REQUEST_ID_KEY
@@ -171,10 +171,10 @@ class UpstreamRawCall(UpstreamStream):
                     raise
                 await asyncio.sleep(pause_s)
         # The failed write came after the status and has replaced it for good. A service that
-        # has begun its answer has ended it, too; anything else stays an error.
+        # has begun its answer has ended it, too; else the service went away in the middle.
         if STATUS_KEY in await self.initial_metadata():
             return None
-        return await super().read()
+        raise Unavailable("the service went away in the middle", retry_after_s=RETRY_AFTER_S)
 
     async def write(self, message: Message) -> bool:
         """See raw.RawCall.write."""
@@ -195,7 +195,7 @@ class UpstreamRawCall(UpstreamStream):
         try:
             await self._call.done_writing()
         except TenfoldError:
-            return  # as above
+            self._write_has_failed = True  # as above
 
     async def initial_metadata(self) -> Mapping[str, str]:
         """See raw.RawCall.initial_metadata."""
