@@ -45,7 +45,7 @@ KEYS_CACHED_MAX = 10_000
 # An attacker's unknown "kid" must not make us ask auth again and again.
 JWKS_REFRESH_MIN_S = 60.0
 JWKS_REFRESH_S = 300.0
-JWKS_RETRY_S = 1.0
+JWKS_RETRY_S = 0.2
 
 # RFC 6750 §2.1.
 _BEARER = re.compile(r"Bearer ([A-Za-z0-9\-._~+/]+=*)", re.IGNORECASE)

@@ -242,3 +242,14 @@ async def test_a_hundred_thousand_query_parameters_do_not_fit(edge):
         b"GET /v1/accounts?" + b"a=1&" * 100_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n"
     )
     assert statuses(answer) == [414]
+
+
+async def test_a_full_edge_refuses_fast_and_says_when_to_come_back(start_edge):
+    async with start_edge(EdgeConfig(requests_max=1, drain_s=1.0)) as edge:
+        headers = {**edge.bearer(), "grpc-timeout": "1S"}
+        slow = asyncio.create_task(edge.client.get("/v1/accounts/slow", headers=headers))
+        await asyncio.sleep(0.3)
+        refused = await edge.client.get("/healthz")
+        assert (refused.status_code, refused.json()["reason"]) == (503, "OVERLOADED")
+        assert refused.headers["retry-after"] == "1"
+        assert (await slow).status_code == 504
