@@ -417,12 +417,11 @@ class StreamCall(_Call):
     async def write(self, request: object) -> None:
         """Send one message; waits while the server's window is full."""
         try:
-            await self._raw.write(request)
+            with _our_errors():
+                await self._raw.write(request)
         except asyncio.InvalidStateError as error:  # the server has answered already
             await _raise_if_refused(self._raw)
             raise Unavailable("the stream has ended") from error
-        except grpc.aio.AioRpcError as error:
-            raise _error_of(error) from error
 
     async def done_writing(self) -> None:
         """Say that no more messages come."""
@@ -436,6 +435,8 @@ def _our_errors() -> Generator[None, None, None]:
         yield
     except grpc.aio.AioRpcError as error:
         raise _error_of(error) from error
+    except grpc.aio.InternalError as error:  # the core refused the operation: the call is over
+        raise Unavailable("the connection broke in the middle of a call") from error
 
 
 def _error_of(error: grpc.aio.AioRpcError) -> TenfoldError:
