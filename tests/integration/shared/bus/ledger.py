@@ -70,7 +70,8 @@ async def record(tx: Transaction, event: Event) -> None:
     at = await tx.fetch_one("SELECT count(*) AS count FROM applied WHERE tenant = $1", event.tenant)
     assert at is not None
     await tx.execute(
-        "INSERT INTO applied (bucket, id, tenant, owner, version, aggregate, event_no, reference, at)"
+        "INSERT INTO applied"
+        " (bucket, id, tenant, owner, version, aggregate, event_no, reference, at)"
         " VALUES ($1, $2, $3, $4, 1, $5, $6, $7, $8)",
         *(event.bucket, new_id(event.bucket), event.tenant, OWNER),
         *(event.aggregate, event.event_no, reference, at["count"]),

@@ -32,14 +32,14 @@ class NatsServer:
             f'listen: "127.0.0.1:{self.port}"\n'
             f'jetstream {{ store_dir: "{self.folder}", sync_interval: always }}\n'
         )
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: ASYNC220 -- returns at once
             [str(binary), "--config", str(config)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={"PATH": os.environ["PATH"], "HOME": str(self.folder.parent)},
         )
         async with asyncio.timeout(READY_S):
-            while not await self._answers():
+            while not await self._answers():  # noqa: ASYNC110 -- another process
                 await asyncio.sleep(0.02)
 
     async def _answers(self) -> bool:
