@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
+from shared.bus.checkpoint import checkpoint
 from shared.clock import Clock, to_us
 from shared.db.leases import Lease, release_lease, renew_lease, take_lease
 from shared.db.port import Shard
@@ -31,11 +32,13 @@ class ShardLease:
     Attributes:
         holder: this process's name for itself; what it claims carries it.
         tenure: the token of the lease; another one each time it is gained, 0 before.
+        is_wanted: set while there is work; an idle shard costs no writes.
     """
 
     def __init__(self, shard: Shard, *, clock: Clock) -> None:
         self.holder: UUID = uuid4()
         self.tenure = 0
+        self.is_wanted = asyncio.Event()
         self._shard = shard
         self._clock = clock
         self._lease: Lease | None = None
@@ -55,9 +58,11 @@ class ShardLease:
         return self.tenure
 
     async def run(self) -> None:
-        """Take the lease whenever it is free, renew it, and give it back when cancelled."""
+        """While wanted, take the lease when it is free and renew it; give it back at the end."""
         try:
             while True:
+                checkpoint()
+                await self.is_wanted.wait()
                 try:
                     await self.take()
                 except TenfoldError as error:

@@ -27,6 +27,7 @@ from services.notification.mail import Letter, MailRefused, Sender, check_addres
 from services.notification.smtp import MailConnection, MailServerUnavailable
 from services.notification.store import DeliveryStore
 from services.notification.wake import InboxSignal, Waiter
+from shared.bus.checkpoint import checkpoint
 from shared.clock import Clock
 from shared.crashpoints import CrashPoint
 from shared.db.port import Shard
@@ -101,21 +102,37 @@ class MailSender:
             tasks.create_task(self._run_leased(shard, lease))
 
     async def _run_leased(self, shard: Shard, lease: ShardLease) -> None:
-        retry_s, adopted_tenure = CONNECT_RETRY_FIRST_S, 0
+        retry_s = CONNECT_RETRY_FIRST_S
         with self._signal.sending() as waiter:
             while True:
+                checkpoint()
                 try:
-                    tenure = await lease.wait_held()
-                    if tenure != adopted_tenure:
-                        await self.adopt_orphans(shard, lease.holder)
-                        adopted_tenure = tenure
-                    await self._drain(shard, lease, waiter)
+                    if await self._has_work(shard, lease.holder):
+                        await self._work(shard, lease, waiter)
                     retry_s = CONNECT_RETRY_FIRST_S
                     await waiter.wait(self._settings.poll_s)
                 except (MailServerUnavailable, *RETRYABLE) as error:
                     _log.warning("mail.waiting", shard=shard.index, reason=str(error))
                     await asyncio.sleep(retry_s)
                     retry_s = min(2 * retry_s, CONNECT_RETRY_MAX_S)
+
+    async def _has_work(self, shard: Shard, holder: UUID) -> bool:
+        now = self._clock.now()
+        return bool(
+            await self._store.list_due(shard, now=now, limit=1)
+            or await self._store.list_orphaned(shard, holder=holder, limit=1)
+        )
+
+    async def _work(self, shard: Shard, lease: ShardLease, waiter: Waiter) -> None:
+        lease.is_wanted.set()
+        try:
+            await lease.wait_held()
+            # Nobody else is sending now: what others began and did not end is nobody's.
+            await self.adopt_orphans(shard, lease.holder)
+            while lease.is_held and await self.send_due(shard, lease.holder):
+                waiter.calm()
+        finally:
+            lease.is_wanted.clear()
 
     async def adopt_orphans(self, shard: Shard, holder: UUID) -> None:
         """Make what an earlier holder left in SENDING due now, not when its time ends."""
@@ -124,10 +141,6 @@ class MailSender:
             shard, holder=holder, limit=ORPHAN_COUNT_MAX
         ):
             await self._store.update(delivery, delivery.orphaned(now=now), now=now)
-
-    async def _drain(self, shard: Shard, lease: ShardLease, waiter: Waiter) -> None:
-        while lease.is_held and await self.send_due(shard, lease.holder):
-            waiter.calm()
 
     async def send_due(self, shard: Shard, holder: UUID) -> int:
         """Send one batch over one connection; the number of deliveries that were due.
@@ -143,6 +156,7 @@ class MailSender:
             return len(due)
         async with self._open_mail() as connection:
             for delivery, letter in sendable:
+                checkpoint()
                 await connection.prepare()
                 await to_its_end(self._send(connection, delivery, letter, holder))
         return len(due)

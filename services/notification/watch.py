@@ -12,6 +12,7 @@ from uuid import UUID
 from services.notification.domain import InboxItem, InboxSummary
 from services.notification.store import InboxStore
 from services.notification.wake import InboxSignal, Waiter
+from shared.bus.checkpoint import checkpoint
 from shared.clock import Clock
 from shared.errors import InvalidRequest, QuotaExceeded
 
@@ -110,6 +111,7 @@ class InboxWatch:
     ) -> AsyncGenerator[InboxChange, None]:
         heard_at_s = self._clock.monotonic_s()
         while True:
+            checkpoint()
             changes = await self._next(tenant, owner, position)
             for change in changes:
                 yield change

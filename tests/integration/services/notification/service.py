@@ -118,10 +118,6 @@ async def running_service(data: Path, bus: Bus, smtp_port: int) -> AsyncIterator
         try:
             yield service
         finally:
-            running = set(loops)
-            while running:
-                for loop in running:
-                    loop.cancel()
-                # nats-py swallows a cancellation that meets it while it flushes.
-                _, running = await asyncio.wait(running, timeout=1)
+            for loop in loops:
+                loop.cancel()
     await channels.close()
