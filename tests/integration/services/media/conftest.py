@@ -37,6 +37,13 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture(scope="session")
+def small_film(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Half a second, for tests that are about something else."""
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    return make_film(path, size="320x180", seconds=0.5).read_bytes()
+
+
+@pytest.fixture(scope="session")
 async def media(
     tmp_path_factory: pytest.TempPathFactory, nats_url: str
 ) -> AsyncIterator[MediaProcess]:

@@ -35,24 +35,24 @@ def events_of(media: MediaProcess, video: str) -> list[str]:
         "media.completed_before_reply",
     ],
 )
-async def test_an_upload_goes_on_after_a_kill_and_makes_one_video(own_media, film, point):
+async def test_an_upload_goes_on_after_a_kill_and_makes_one_video(own_media, small_film, point):
     await own_media.start(TENFOLD_CRASH_POINT=point)
     user = new_user()
     async with own_media.client(user) as client:
-        upload = await client.create(len(film))
+        upload = await client.create(len(small_film))
         with pytest.raises(grpc.aio.AioRpcError):
-            await client.patch(upload, 0, film[:4000])
-            await client.patch(upload, 4000, film[4000:])
+            await client.patch(upload, 0, small_film[:4000])
+            await client.patch(upload, 4000, small_film[4000:])
     await own_media.wait_dead()
     await own_media.start()
     async with own_media.client(user) as client:
         offset = await client.offset(upload)
-        assert offset in {0, 4000, len(film)}
-        answer = await client.patch(upload, offset, film[offset:])
+        assert offset in {0, 4000, len(small_film)}
+        answer = await client.patch(upload, offset, small_film[offset:])
         assert answer.headers["upload-message"] == "Upload successful"
         video = await client.finished(answer.headers["upload-video"])
         assert video.state == media_pb2.Video.STATE_READY
-        assert video.source.sha256 == hashlib.sha256(film).hexdigest()
+        assert video.source.sha256 == hashlib.sha256(small_film).hexdigest()
         assert len((await client.list()).videos) == 1
         assert events_of(own_media, video.name) == ["VideoQueued", "VideoReady"]
 
@@ -68,12 +68,12 @@ async def test_an_upload_goes_on_after_a_kill_and_makes_one_video(own_media, fil
     ],
 )
 async def test_a_worker_killed_at_a_point_is_followed_by_one_that_makes_the_video_once(
-    own_media, film, point
+    own_media, small_film, point
 ):
     await own_media.start(TENFOLD_CRASH_POINT=point)
     user = new_user()
     async with own_media.client(user) as client:
-        name = await client.upload(film)
+        name = await client.upload(small_film)
     await own_media.wait_dead()
     await own_media.start()
     async with own_media.client(user) as client:

@@ -204,17 +204,17 @@ async def test_a_source_over_a_cap_is_refused_with_the_cap(own_media, tmp_path):
 
 
 async def test_without_ffmpeg_the_service_serves_and_each_video_says_what_is_missing(
-    own_media, film
+    own_media, small_film
 ):
     await own_media.start(TENFOLD_FFMPEG_BIN="/nowhere/ffmpeg")
     async with own_media.client(new_user()) as client:
-        video = await client.finished(await client.upload(film))
+        video = await client.finished(await client.upload(small_film))
         assert video.failure.reason == media_pb2.ERROR_REASON_TRANSCODER_MISSING
         assert video.failure.retryable
 
 
 async def test_a_transcoder_that_hangs_is_killed_with_all_it_started_and_the_video_fails(
-    own_media, film, tmp_path
+    own_media, small_film, tmp_path
 ):
     # A real program in ffmpeg's place: it starts another and says nothing.
     fake = tmp_path / "ffmpeg"
@@ -224,7 +224,7 @@ async def test_a_transcoder_that_hangs_is_killed_with_all_it_started_and_the_vid
         TENFOLD_FFMPEG_BIN=str(fake), TENFOLD_MEDIA_STALL_S="0.5", TENFOLD_MEDIA_LEASE_S="2"
     )
     async with own_media.client(new_user()) as client:
-        video = await client.finished(await client.upload(film))
+        video = await client.finished(await client.upload(small_film))
         assert video.failure.reason == media_pb2.ERROR_REASON_TRANSCODE_FAILED
         assert video.failure.retryable
     assert not is_running(b"12345")
@@ -258,9 +258,9 @@ async def test_a_deleted_video_is_gone_its_bytes_too_also_while_it_is_converted(
         await until(lambda: not list(media.media.rglob(f"*{video_id}*")), timeout_s=10)
 
 
-async def test_another_users_video_and_its_files_look_absent(media, film):
+async def test_another_users_video_and_its_files_look_absent(media, small_film):
     async with media.client(new_user()) as owner, media.client(new_user()) as other:
-        video = await owner.finished(await owner.upload(film))
+        video = await owner.finished(await owner.upload(small_film))
 
         async def watch() -> None:
             async for _ in other.watch(video.name):
