@@ -33,6 +33,7 @@ class Context:
         "awaits_message",
         "deadline_s",
         "has_ended_by_server",
+        "has_expired",
         "idempotency_key",
         "identity_token",
         "is_replayed",
@@ -59,6 +60,7 @@ class Context:
         self.identity_token = ""
         self.deadline_s = 0.0
         self.has_ended_by_server = False
+        self.has_expired = False
         self.reached_handler = False
         self.is_replayed = False
         self.awaits_message = False

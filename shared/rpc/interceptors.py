@@ -14,8 +14,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from random import getrandbits
 from typing import Any, NoReturn, TypeAlias, cast
-from uuid import uuid4
 
 import grpc
 import protovalidate
@@ -153,33 +153,39 @@ class _Guarded:
 
     async def serve_unary(self, _requests: object, rpc: Any) -> bytes:  # noqa: ANN401
         """One answer; registered with the engine."""
-        call, started_s = _call_of(self._policy.path, rpc), time.perf_counter()
+        started_s = time.perf_counter()
+        tokens: list[str] = []
+        call = _call_of(self._policy.path, rpc, tokens)
+        timer = _Timer(call)
         try:
-            async with asyncio.timeout(None) as timer:
-                answer = await self._answer(call, rpc, timer)
+            answer = await self._answer(call, rpc, timer, tokens)
             result = self._serialize(answer)
         except BaseException as error:
+            timer.stop()
             await self._refuse(call, rpc, error, started_s)
+        timer.stop()
         self._log(call, "OK", started_s)
         return result
 
     async def serve_stream(self, _requests: object, rpc: Any) -> None:  # noqa: ANN401
         """A stream of answers; registered with the engine."""
-        call, started_s = _call_of(self._policy.path, rpc), time.perf_counter()
-        task = asyncio.current_task()
-        assert task is not None
-        self._chain.open_streams[task] = call
+        started_s = time.perf_counter()
+        tokens: list[str] = []
+        call = _call_of(self._policy.path, rpc, tokens)
+        timer = _Timer(call)
+        self._chain.open_streams[timer.task] = call
         try:
-            async with asyncio.timeout(None) as timer:
-                await self._answer_stream(call, rpc, timer)
+            await self._answer_stream(call, rpc, timer, tokens)
         except BaseException as error:
+            timer.stop()
             await self._refuse(call, rpc, error, started_s)
         finally:
-            del self._chain.open_streams[task]
+            timer.stop()
+            del self._chain.open_streams[timer.task]
         self._log(call, "OK", started_s)
 
-    async def _answer(self, call: Context, rpc: Any, timer: asyncio.Timeout) -> Any:  # noqa: ANN401
-        request = await self._admit(call, rpc, timer)
+    async def _answer(self, call: Context, rpc: Any, timer: "_Timer", tokens: list[str]) -> Any:  # noqa: ANN401
+        request = await self._admit(call, rpc, timer, tokens)
         call.reached_handler = True
         try:
             return await self._behaviour(request, call)
@@ -190,9 +196,10 @@ class _Guarded:
         self,
         call: Context,
         rpc: Any,  # noqa: ANN401
-        timer: asyncio.Timeout,
+        timer: "_Timer",
+        tokens: list[str],
     ) -> None:
-        request = await self._admit(call, rpc, timer)
+        request = await self._admit(call, rpc, timer, tokens)
         call.reached_handler = True
         try:
             async with aclosing(self._behaviour(request, call)) as answers:
@@ -201,20 +208,20 @@ class _Guarded:
         finally:
             self._limiter.leave()
 
-    async def _admit(self, call: Context, rpc: Any, timer: asyncio.Timeout) -> Any:  # noqa: ANN401
+    async def _admit(self, call: Context, rpc: Any, timer: "_Timer", tokens: list[str]) -> Any:  # noqa: ANN401
         """Everything that stands before the handler; returns what it is given as request.
 
         On return a place of the limiter is taken.
         """
         self._set_deadline(call, rpc, timer)
-        self._identify(call, rpc)
+        self._identify(call, tokens)
         self._authorize(call.principal)
         current_call.set(call)
         if self._policy.client_streaming:
             call.idempotency_key = self._key_of(None, call)
             self._limiter.enter()
             return self._requests(call, rpc)
-        raw = await self._first_message(call, rpc, timer)
+        raw = await self._first_message(call, rpc)
         # Only now: a call whose message never comes holds no place (spec d.1, S76).
         self._limiter.enter()
         try:
@@ -223,17 +230,18 @@ class _Guarded:
             self._limiter.leave()
             raise
 
-    def _set_deadline(self, call: Context, rpc: Any, timer: asyncio.Timeout) -> None:  # noqa: ANN401
+    def _set_deadline(self, call: Context, rpc: Any, timer: "_Timer") -> None:  # noqa: ANN401
         policy, asked_s = self._policy, rpc.time_remaining()
         if asked_s is not None and asked_s <= 0:
             raise DeadlineExceeded("the time for this call was spent before it began")
         left_s = policy.deadline_default_s if asked_s is None else asked_s
-        call.deadline_s = time.monotonic() + min(left_s, policy.deadline_max_s)
+        left_s = min(left_s, policy.deadline_max_s)
+        call.deadline_s = time.monotonic() + left_s
         deadline.set_deadline(call.deadline_s)
-        timer.reschedule(call.deadline_s)
+        # Once for both: by the deadline, and by now for a message that is still awaited.
+        timer.start(min(left_s, self._chain.read_timeout_s))
 
-    def _identify(self, call: Context, rpc: Any) -> None:  # noqa: ANN401
-        tokens = [value for key, value in rpc.invocation_metadata() if key == IDENTITY_METADATA_KEY]
+    def _identify(self, call: Context, tokens: Sequence[str]) -> None:
         if len(tokens) > 1:
             raise TokenRefused("more than one identity was given")
         if tokens:
@@ -252,16 +260,12 @@ class _Guarded:
                 f"the credential lacks the scope {missing}", metadata={"scope": missing}
             )
 
-    async def _first_message(self, call: Context, rpc: Any, timer: asyncio.Timeout) -> bytes:  # noqa: ANN401
-        limit_s = time.monotonic() + self._chain.read_timeout_s
-        if limit_s < call.deadline_s:
-            timer.reschedule(limit_s)
+    async def _first_message(self, call: Context, rpc: Any) -> bytes:  # noqa: ANN401
         call.awaits_message = True
         raw: Any = await rpc.read()
         if raw is grpc.aio.EOF:
             raise InvalidRequest("the request message is missing")
         call.awaits_message = False
-        timer.reschedule(call.deadline_s)
         return cast("bytes", raw)
 
     async def _requests(self, call: Context, rpc: Any) -> AsyncIterator[Message]:  # noqa: ANN401
@@ -358,13 +362,51 @@ def _behaviour_of(handler: MethodHandler) -> Behaviour:
     return cast("Behaviour", behaviour)
 
 
-def _call_of(path: str, rpc: Any) -> Context:  # noqa: ANN401
-    metadata = {key: value for key, value in rpc.invocation_metadata() if isinstance(value, str)}
+def _call_of(path: str, rpc: Any, tokens: list[str]) -> Context:  # noqa: ANN401
+    """The call as its metadata describes it; identities go into `tokens`, unread."""
+    metadata = {}
+    for key, value in rpc.invocation_metadata():
+        if key == IDENTITY_METADATA_KEY:
+            tokens.append(value)
+        elif isinstance(value, str):
+            metadata[key] = value
     request_id = metadata.get(REQUEST_ID_KEY, "")
     if not is_request_id(request_id):
-        request_id = uuid4().hex
+        request_id = f"{getrandbits(128):032x}"  # tells calls apart; protects nothing
     log.set_request_id(request_id)
     return Context(method=path, request_id=request_id, metadata=metadata, rpc=rpc)
+
+
+class _Timer:
+    """Ends a call that takes too long; one timer of the loop, where asyncio.timeout takes three.
+
+    It cancels the call's task and says so in Context.has_expired, by which the boundary tells
+    this from a caller that has left.
+    """
+
+    __slots__ = ("_call", "_handle", "task")
+
+    def __init__(self, call: Context) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        self._call = call
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self, delay_s: float) -> None:
+        self._handle = self.task.get_loop().call_later(delay_s, self._look)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+
+    def _look(self) -> None:
+        left_s = self._call.remaining_s()
+        if left_s > 0 and not self._call.awaits_message:
+            self.start(left_s)
+            return
+        self._call.has_expired = True
+        self.task.cancel()
 
 
 def is_request_id(text: str) -> bool:
@@ -379,9 +421,7 @@ def _refusal_of(error: BaseException, call: Context) -> TenfoldError:
     if isinstance(error, asyncio.CancelledError):
         return _refusal_of_cancel(error, call)
     if isinstance(error, TimeoutError):
-        if call.awaits_message:
-            return DeadlineExceeded("the request message did not come in time")
-        if call.deadline_s and call.remaining_s() <= 0:
+        if call.remaining_s() <= 0:
             return DeadlineExceeded("the time for this call is spent")
         _logger.warning("a step timed out", method=call.method, exc_info=error)
         return Unavailable("a part that is needed did not answer in time")
@@ -397,6 +437,10 @@ def _refusal_of_cancel(error: asyncio.CancelledError, call: Context) -> TenfoldE
     if call.has_ended_by_server:
         task.uncancel()
         return Unavailable("the server is stopping", retry_after_s=OVERLOADED_RETRY_AFTER_S)
+    if call.has_expired and task.uncancel() == 0:
+        if call.awaits_message:
+            return DeadlineExceeded("the request message did not come in time")
+        return DeadlineExceeded("the time for this call is spent")
     if task.cancelling():  # the caller left, or its deadline passed: nobody waits for an answer
         raise error
     # A handler raised it by itself; unanswered, the caller would hang until its deadline.
