@@ -15,7 +15,7 @@ from datetime import datetime
 from email.utils import format_datetime
 from typing import Protocol
 
-from shared.errors import InvalidRequest
+from shared.errors import ERROR_DOMAIN, InvalidRequest
 
 VERSION = "1.0.0"
 EXTENSIONS = "creation,termination,checksum,expiration"
@@ -67,7 +67,7 @@ class TusRefusal(Exception):  # noqa: N818 -- an answer that the protocol define
     def problem(self, request_id: str) -> bytes:
         """The body: a problem document (RFC 9457) of the same shape as the edge's."""
         document = {
-            "type": "about:blank",
+            "type": f"https://{ERROR_DOMAIN}/errors/{self.reason.lower().replace('_', '-')}",
             "title": _TITLES[self.status],
             "status": self.status,
             "detail": self.detail,
@@ -75,7 +75,7 @@ class TusRefusal(Exception):  # noqa: N818 -- an answer that the protocol define
             "reason": self.reason,
             "request_id": request_id,
         }
-        return json.dumps(document).encode()
+        return json.dumps(document, separators=(",", ":")).encode()
 
 
 def check_version(headers: Mapping[str, str]) -> None:
