@@ -151,7 +151,7 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         names = chosen_services(arguments)
         load(ProcessConfig, PREFIX, environ)  # refused before anything is started
-        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our one sentence says it
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         spawner = Spawner.start()
         try:

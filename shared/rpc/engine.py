@@ -86,7 +86,7 @@ class GrpcioEngine:
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: it is taken or not ours") from error
+            raise OSError(f"cannot listen on {address}: the port is taken") from error
         await self._server.start()
         return port
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from shared.errors import Unavailable
-from shared.spawner import Limits, SpawnError, Spawner
+from shared.spawner import Limits, Spawner, SpawnError
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def is_alive(pid: int) -> bool:
 
 async def gone(pid: int) -> bool:
     deadline = time.monotonic() + 5
-    while is_alive(pid) and time.monotonic() < deadline:
+    while is_alive(pid) and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.02)
     return not is_alive(pid)
 
@@ -103,7 +103,9 @@ async def test_when_the_caller_is_killed_nothing_is_left_behind() -> None:
         asyncio.run(main())
         """
     )
-    caller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    caller = subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-c", script], stdout=subprocess.PIPE
+    )
     try:
         assert caller.stdout is not None
         helper, program = (int(word) for word in caller.stdout.readline().split())
