@@ -32,6 +32,8 @@ from deploy.rest import (
 
 EVENT_WAIT_S = 60
 UPLOAD_CHUNK_BYTES = 256 * 1024
+# The rest of a film goes up in so many requests: each is safe once it is answered.
+UPLOAD_PIECES = 4
 CURRENCY = "EUR"
 
 
@@ -216,13 +218,13 @@ class Story:
         finally:
             connection.close()
 
-    def _patch_headers(self, offset: int, length: int) -> dict[str, str]:
+    def _patch_headers(self, offset: int, end: int) -> dict[str, str]:
         return {
             "Authorization": f"Bearer {self.ada.token}",
             "Tus-Resumable": "1.0.0",
             "Upload-Offset": str(offset),
             "Content-Type": "application/offset+octet-stream",
-            "Content-Length": str(length - offset),
+            "Content-Length": str(end - offset),
         }
 
     def _resume(self, path: str, film: bytes) -> str:
@@ -244,8 +246,9 @@ class Story:
     def _patch(self, path: str, film: bytes, offset: int) -> Answer | None:
         connection = self.rest.connect()
         try:
-            headers = self._patch_headers(offset, len(film))
-            connection.request("PATCH", path, film[offset:], headers)
+            end = min(offset + -(-len(film) // UPLOAD_PIECES), len(film))
+            headers = self._patch_headers(offset, end)
+            connection.request("PATCH", path, film[offset:end], headers)
             response = connection.getresponse()
             named = {name.lower(): value for name, value in response.getheaders()}
             return Answer(response.status, named, response.read())
