@@ -23,7 +23,7 @@ _STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _NEGATIVE_ZERO = re.compile(rb"-0(?![0-9.eE])")
 
 
-class Wrong(Exception):  # noqa: N818 - it is about a value, not about our program
+class Wrong(Exception):
     """A value that does not fit; `path` is filled from the inside out as the error passes.
 
     Args:

@@ -50,7 +50,7 @@ class ConnectionLimits:
     open_by_address: Counter[str] = field(default_factory=Counter)
 
 
-class _Refused(Exception):  # noqa: N818 - as httptools' own, it ends the parsing
+class _Refused(Exception):
     """This request ends its connection, with this status."""
 
     def __init__(self, status: int, detail: str) -> None:

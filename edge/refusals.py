@@ -62,5 +62,5 @@ class UnsupportedMediaType(HttpRefusal):
     reason = "UNSUPPORTED_MEDIA_TYPE"
 
 
-class ClientLeft(Exception):  # noqa: N818 - an event, not an error of ours
+class ClientLeft(Exception):
     """The connection is gone: nobody waits for an answer."""

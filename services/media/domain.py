@@ -335,7 +335,7 @@ class Failure:
     is_retryable: bool
 
 
-class SourceRefused(Exception):  # noqa: N818 -- a finding about the bytes, not a caller's error
+class SourceRefused(Exception):
     """The bytes cannot become a video, however often one tries."""
 
     def __init__(self, reason: FailureReason, description: str) -> None:
@@ -343,7 +343,7 @@ class SourceRefused(Exception):  # noqa: N818 -- a finding about the bytes, not 
         self.failure = Failure(reason, description, is_retryable=False)
 
 
-class RunFailed(Exception):  # noqa: N818 -- a finding of the worker, not a caller's error
+class RunFailed(Exception):
     """One run failed; another may pass."""
 
     def __init__(self, description: str) -> None:
@@ -351,7 +351,7 @@ class RunFailed(Exception):  # noqa: N818 -- a finding of the worker, not a call
         self.failure = Failure(FailureReason.TRANSCODE_FAILED, description, is_retryable=True)
 
 
-class TranscoderMissing(Exception):  # noqa: N818 -- a finding of the worker
+class TranscoderMissing(Exception):
     """ffmpeg is not installed: trying again helps once it is."""
 
     def __init__(self) -> None:
@@ -360,7 +360,7 @@ class TranscoderMissing(Exception):  # noqa: N818 -- a finding of the worker
         self.failure = Failure(FailureReason.TRANSCODER_MISSING, text, is_retryable=True)
 
 
-class RunLost(Exception):  # noqa: N818 -- no fault: the video belongs to someone else now
+class RunLost(Exception):
     """The video was deleted, or another worker has claimed it."""
 
 

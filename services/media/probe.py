@@ -30,7 +30,7 @@ PACKETS_MAX = 5_000_000
 FRAMES_TRIED_MAX = 200
 
 
-class NotAVideo(Exception):  # noqa: N818 -- a finding
+class NotAVideo(Exception):
     """What was read is no film; the message says why."""
 
 

@@ -45,7 +45,7 @@ _CODES: Mapping[int, str] = {
 }
 
 
-class TusRefusal(Exception):  # noqa: N818 -- an answer that the protocol defines
+class TusRefusal(Exception):
     """An answer whose status only tus gives a meaning to; the rest are TenfoldErrors.
 
     Args:

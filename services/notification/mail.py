@@ -31,7 +31,7 @@ LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 ADDRESS = re.compile(rf"({ATOM}(?:\.{ATOM})*)@({LABEL}(?:\.{LABEL})*)")
 
 
-class MailRefused(ValueError):  # noqa: N818 -- what happened to the letter
+class MailRefused(ValueError):
     """A part that must not be put into a header or an envelope; reason says which."""
 
     def __init__(self, reason: str) -> None:

@@ -92,7 +92,7 @@ def _tls_policy(scheme: str, query: str, host: str) -> TlsPolicy:
     return TlsPolicy(value)
 
 
-class MailServerUnavailable(Exception):  # noqa: N818 -- a state of the other side
+class MailServerUnavailable(Exception):
     """No message can be handed over now: no connection, no TLS, or a log-in refused."""
 
 

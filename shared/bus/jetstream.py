@@ -70,7 +70,7 @@ class StreamMissing(BusUnavailable):
     """No stream takes this subject: it was never made, or the server lost it."""
 
 
-class BusClosed(Exception):  # noqa: N818 -- a state, not a caller's error
+class BusClosed(Exception):
     """The connection was closed for good; the process must end and be started again."""
 
 

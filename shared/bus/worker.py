@@ -122,11 +122,11 @@ M = TypeVar("M", bound=Message)
 _log = structlog.get_logger(__name__)
 
 
-class MalformedEvent(ValueError):  # noqa: N818 -- says what it is
+class MalformedEvent(ValueError):
     """A message without the headers that every event carries."""
 
 
-class EventGap(Exception):  # noqa: N818 -- a state of the stream, not a failure of ours
+class EventGap(Exception):
     """An event came before its predecessor."""
 
     def __init__(self, aggregate: str, seen: int | None, event_no: int) -> None:

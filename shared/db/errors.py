@@ -7,7 +7,7 @@ and every further statement in it is a ValueError.
 """
 
 
-class ConstraintViolation(Exception):  # noqa: N818 - named by what happened
+class ConstraintViolation(Exception):
     """A rule of the schema forbids this write.
 
     Args:
@@ -28,7 +28,7 @@ class BucketNotAdmitted(ConstraintViolation):
     """A write to a bucket that this transaction was not opened for: a bug in the caller."""
 
 
-class DatabaseRefused(Exception):  # noqa: N818 - as above
+class DatabaseRefused(Exception):
     """A database cannot be opened; the message says which file and what to do."""
 
 

@@ -13,7 +13,7 @@ from shared.db.ids import BUCKET_COUNT
 SHARD_COUNT_MAX = 64
 
 
-class CoverageBroken(Exception):  # noqa: N818 - named by what happened
+class CoverageBroken(Exception):
     """Some bucket is owned by no shard or by two; the message names the first of them."""
 
 

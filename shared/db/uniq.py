@@ -80,7 +80,7 @@ class UniqueValue:
         return self.bucket, self.tenant, self.kind, self.value
 
 
-class UniqueTaken(Exception):  # noqa: N818 - named by what happened; stores translate it
+class UniqueTaken(Exception):
     """The value belongs to another.
 
     Args:

@@ -3,9 +3,10 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from edge.quota import Quota, give_back, spend
 from hypothesis import given
 from hypothesis import strategies as st
+
+from edge.quota import Quota, give_back, spend
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)

@@ -3,12 +3,12 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tenfold.ledger.v1.ledger_events_pb2 import TransactionPosted
+from tenfold.ledger.v1.ledger_pb2 import Account
 
 from shared.bus import rules
 from shared.bus.rules import Verdict
 from shared.db.ids import bucket_of
-from tenfold.ledger.v1.ledger_events_pb2 import TransactionPosted
-from tenfold.ledger.v1.ledger_pb2 import Account
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INTERVAL_INVALID: _ErrorReason.ValueType  # 1
     """The interval is reversed, too long, or in the future."""
     ERROR_REASON_NOT_YET_VISIBLE: _ErrorReason.ValueType  # 2
-    """The events up to min_event_time have not all arrived; the watermark says how far it is."""
+    """No event as new as min_event_time has been counted yet; the watermark says how far it is."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why the reporting service refuses, beside the common reasons."""
@@ -39,7 +39,7 @@ ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_INTERVAL_INVALID: ErrorReason.ValueType  # 1
 """The interval is reversed, too long, or in the future."""
 ERROR_REASON_NOT_YET_VISIBLE: ErrorReason.ValueType  # 2
-"""The events up to min_event_time have not all arrived; the watermark says how far it is."""
+"""No event as new as min_event_time has been counted yet; the watermark says how far it is."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
@@ -57,7 +57,10 @@ class Watermark(_message.Message):
     """An event was parked: the sums lack it until an operator redrives it."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
-        """The newest event of any source that is counted; absent when there is none."""
+        """The newest event that is counted; absent when there is none. Events are counted in order
+        per resource, not over all of them: an older one of another resource may still be on its
+        way for as long as delivery takes.
+        """
 
     def __init__(
         self,
@@ -87,7 +90,8 @@ class DailySum(_message.Message):
     day: _builtins.str
     """"2026-11-23", UTC."""
     metric: _builtins.str
-    """"ledger.debits", "ledger.credits", "ledger.transactions", "media.videos_ready",
+    """"ledger.debits", "ledger.credits", "ledger.transactions", "ledger.accounts_opened",
+    "media.videos_queued", "media.videos_ready", "media.videos_failed",
     "auth.users_registered".
     """
     currency_code: _builtins.str
