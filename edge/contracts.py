@@ -7,7 +7,7 @@ own: the edge imports no generated module of a service.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from google.api import (  # type: ignore[import-untyped] # its wheel has no types
+from google.api import (
     annotations_pb2,
     http_pb2,
 )

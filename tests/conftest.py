@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+# Hypothesis's plug-in is first imported for the summary otherwise, too deep in the stack.
+import hypothesis  # noqa: F401
 import pytest
 
 from deploy.local import servers

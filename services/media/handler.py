@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from uuid import UUID
 
-from google.api.httpbody_pb2 import HttpBody  # type: ignore[import-untyped]  # ships no types
+from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.empty_pb2 import Empty
 from tenfold.media.v1 import media_pb2
 from tenfold.media.v1.media_service_pb2 import (

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-from google.api.httpbody_pb2 import HttpBody  # type: ignore[import-untyped]  # ships no types
+from google.api.httpbody_pb2 import HttpBody
 from tenfold.media.v1 import media_pb2
 from tenfold.media.v1.media_service_pb2 import GetUploadRequest
 
