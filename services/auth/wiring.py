@@ -53,7 +53,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     )
     try:
         async with open_sqlite_shards(
-            folder, migrations=MIGRATIONS, shard_count=SHARD_COUNT, secret=runtime.secret,
+            folder / "shards", migrations=MIGRATIONS, shard_count=SHARD_COUNT, secret=runtime.secret,
             clock=clock,
         ) as shards:  # fmt: skip
             store = SqlAuthStore(shards, clock, runtime.secret, hub)

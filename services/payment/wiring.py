@@ -31,7 +31,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     """
     config = load(PaymentConfig, "TENFOLD_PAYMENT_", runtime.environ)
     async with open_sqlite_shards(
-        runtime.folder_of(NAME),
+        runtime.folder_of(NAME) / "shards",
         migrations=MIGRATIONS,
         shard_count=config.shard_count,
         owned_by_first=True,

@@ -68,7 +68,7 @@ async def test_what_the_service_does_reaches_the_bus(runtime):
 async def test_a_damaged_ledger_is_not_opened(runtime):
     async with open_service(runtime):
         pass
-    path = runtime.folder_of("payment") / "shard-0.sqlite"
+    path = runtime.folder_of("payment") / "shards" / "shard-0.sqlite"
     content = bytearray(path.read_bytes())
     content[4096:8192] = bytes(4096)
     path.write_bytes(content)
