@@ -178,10 +178,17 @@ class MediaClient:
                 call.cancel()
                 return None
             await call.done_writing()
-        except asyncio.InvalidStateError:
+        except (asyncio.InvalidStateError, grpc.aio.AioRpcError, grpc.aio.InternalError):
             pass  # answered before the body was over
         # In this order, as the edge does it: a message says that the metadata is there.
-        parts = [part async for part in call]
+        parts = []
+        try:
+            parts = [part async for part in call]
+        except grpc.aio.AioRpcError as error:
+            # A write that met the end of the call has replaced the status, not the headers.
+            is_answered = "http-status" in dict(await call.initial_metadata())
+            if error.code() is not grpc.StatusCode.INTERNAL or not is_answered:
+                raise
         initial = dict(await call.initial_metadata())
         return RawAnswer(
             int(initial.get("http-status", "0")),
