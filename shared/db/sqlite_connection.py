@@ -89,6 +89,15 @@ class Connection:
         with suppress(ValueError):  # closed meanwhile
             await self.raw.interrupt()
 
+    async def leave_transaction(self) -> None:
+        """End what BEGIN may have begun.
+
+        It waits in line behind a statement that was given up, so it also ends a BEGIN that
+        is still to run; and it runs, however this call ends.
+        """
+        with suppress(sqlite3.Error, TenfoldError, ValueError):  # none is open; it is closed
+            await self.run("ROLLBACK")
+
     async def close(self) -> None:
         """Close, and end the thread; safe to repeat."""
         with suppress(sqlite3.Error):
