@@ -94,7 +94,7 @@ SELECT bucket, consumer, msg_id FROM inbox WHERE at_us < $1 LIMIT {SWEEP_ROWS}
 DELETE_INBOX = "DELETE FROM inbox WHERE bucket = $1 AND consumer = $2 AND msg_id = $3"
 
 Key = tuple[int, str]
-"""(bucket, aggregate): what keeps its order."""
+"""(bucket, what the row is numbered under): what keeps its order."""
 
 _log = structlog.get_logger(__name__)
 
@@ -356,12 +356,15 @@ class _ShardRelay:
 
 
 def headers_of(row: Mapping[str, object]) -> dict[str, str]:
-    """What travels beside an event's payload."""
+    """What travels beside an event's payload.
+
+    The aggregate's name is in the row's headers: jobs and hops are numbered under another.
+    """
     extra: dict[str, str] = json.loads(str(row["headers"]))
     return {
+        rules.AGGREGATE: str(row["aggregate"]),
         **extra,
         rules.MESSAGE_ID: str(row["event_id"]),
-        rules.AGGREGATE: str(row["aggregate"]),
         rules.EVENT_NO: str(row["event_no"]),
         rules.SOURCE_BUCKET: str(row["bucket"]),
         rules.TENANT: str(row["tenant"]),

@@ -73,6 +73,19 @@ def subject_of(row: OutboxRow, *, service: str, bucket: int) -> str:
     return f"evt.{service}.{row.type.rpartition('.')[2]}.{target}"
 
 
+def numbered_as(row: OutboxRow, *, bucket: int) -> str:
+    """What an outbox row is numbered under.
+
+    Jobs and hops to another bucket do not reach those who read an aggregate's events in
+    order, so they are counted apart: else each would be a gap there.
+    """
+    if row.queue:
+        return f"{row.aggregate}#{row.queue}"
+    if row.bucket is not None and row.bucket != bucket:
+        return f"{row.aggregate}>{row.bucket}"
+    return row.aggregate
+
+
 def _only(rows: Sequence[Row]) -> Row | None:
     if len(rows) > 1:
         raise ValueError(f"{len(rows)} rows where at most one was expected")
@@ -119,13 +132,15 @@ class SqliteTransaction:
         """See Transaction.append_outbox."""
         if self._bucket == EVERY_BUCKET:
             raise ValueError("an outbox row belongs to one bucket")
-        counted = await self.fetch_one(_NEXT_EVENT_NO, self._bucket, row.aggregate)
+        numbered = numbered_as(row, bucket=self._bucket)
+        counted = await self.fetch_one(_NEXT_EVENT_NO, self._bucket, numbered)
         assert counted is not None
+        headers = {"tenfold-type": row.type, **row.headers, "tenfold-aggregate": row.aggregate}
         await self.execute(
             _INSERT_OUTBOX,
-            *(self._bucket, new_id(self._bucket), row.aggregate, counted["event_no"]),
+            *(self._bucket, new_id(self._bucket), numbered, counted["event_no"]),
             subject_of(row, service=self._shard.service, bucket=self._bucket),
-            orjson.dumps({"tenfold-type": row.type, **row.headers}).decode(),
+            orjson.dumps(headers).decode(),
             *(row.payload, row.tenant, self._shard.now_us()),
         )
         self._turn.has_outbox = True
@@ -168,16 +183,17 @@ class SqliteShard:
         """See Shard.fetch_covered."""
         async with self.reading() as reader:
             await reader.run("BEGIN")
-            try:
-                owned = await reader.fetch(_OWNED, ())
-                rows = await reader.fetch(sql, arguments)
-            finally:
-                await reader.run("ROLLBACK")
+            owned = await reader.fetch(_OWNED, ())
+            rows = await reader.fetch(sql, arguments)
+            await reader.run("ROLLBACK")  # after an error, reading() does it
         return Covered(rows, {row["bucket"]: row["epoch"] for row in owned})
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[Connection]:
-        """Borrow a reader; a cancelled read is interrupted, so the next need not wait for it."""
+        """Borrow a reader; a read that failed leaves it as if it had never been.
+
+        A cancelled one is interrupted, so that the next need not wait for it.
+        """
         if self.reads_waiting >= READS_WAITING_MAX:
             raise Overloaded("too many reads are waiting", retry_after_s=RETRY_AFTER_S)
         self.reads_waiting += 1
@@ -192,8 +208,10 @@ class SqliteShard:
             reader = self.idle.pop() if self.idle else await self._open_reader()
             try:
                 yield reader
-            except asyncio.CancelledError:
-                await reader.interrupt()
+            except BaseException as error:
+                if isinstance(error, asyncio.CancelledError):
+                    await reader.interrupt()
+                await reader.leave_transaction()
                 raise
             finally:
                 self.idle.append(reader)

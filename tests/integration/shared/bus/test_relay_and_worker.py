@@ -1,5 +1,6 @@
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -376,6 +377,25 @@ async def test_a_predecessor_that_never_comes_does_not_stop_its_aggregate_for_ev
             return await applied(sink) == ["r2", "r3"]
 
         await eventually(others_applied)
+
+
+async def test_jobs_and_hops_of_an_aggregate_are_no_gaps_to_who_reads_it_in_order(
+    source, sink, bus, eventually
+):
+    name = "transactions/1"
+    job = OutboxRow("Settle", name, b"", "default", queue="settle")
+    hop = replace(posted(name, "hop"), bucket=3000)
+    async with running(relay(source, bus), worker(bus, sink)):
+        for reference in ("a", "b", "c"):
+            await emit(source, 7, posted(name, reference), job, hop)
+        # Well before a gap would be accepted, at the eighth delivery.
+        async with asyncio.timeout(5):
+            await eventually(lambda: is_applied(sink, ["a", "b", "c", "hop", "hop", "hop"]))
+        assert await order_of(sink, 7, name) == [1, 2, 3]
+
+
+async def is_applied(sink, wanted):
+    return await applied(sink) == wanted
 
 
 async def test_sums_need_no_order_and_read_only_their_own_types(source, sink, bus, eventually):

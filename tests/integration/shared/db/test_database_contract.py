@@ -1,9 +1,11 @@
 """What every engine behind shared/db/port.py promises."""
 
 import asyncio
+import sqlite3
 from itertools import permutations
 from uuid import UUID
 
+import orjson
 import pytest
 
 from shared import deadline
@@ -207,6 +209,25 @@ async def test_events_of_an_aggregate_are_numbered_without_a_gap_in_spite_of_fai
     for row in rows:
         numbers.setdefault(row["aggregate"], []).append(row["event_no"])
     assert numbers == {f"things/{n}": list(range(1, 16)) for n in range(3)}
+
+
+async def test_jobs_and_hops_leave_no_gap_in_the_numbers_of_an_aggregates_events(shards):
+    name = "things/1"
+    job = OutboxRow("MakeThing", name, b"", "default", queue="make")
+    hop = OutboxRow("tenfold.things.v1.ThingSeen", name, b"", "default", bucket=FAR)
+    at_home = OutboxRow("tenfold.things.v1.ThingSeen", name, b"", "default", bucket=NEAR)
+    for row in (event(), job, hop, at_home, job, hop, event()):
+        async with shards.bucket(NEAR).transaction() as tx:
+            await tx.append_outbox(row)
+    rows = await shards.bucket(NEAR).fetch_all(
+        "SELECT subject, event_no, headers FROM outbox ORDER BY seq"
+    )
+    numbers: dict[str, list[int]] = {}
+    for row in rows:
+        assert orjson.loads(row["headers"])["tenfold-aggregate"] == name
+        kind, _, rest = row["subject"].partition(".")
+        numbers.setdefault(f"{kind} {rest.rpartition('.')[2]}", []).append(row["event_no"])
+    assert numbers == {f"evt {NEAR}": [1, 2, 3], f"wrk {NEAR}": [1, 2], f"evt {FAR}": [1, 2]}
 
 
 async def test_a_commit_with_events_wakes_the_relay_and_one_without_does_not(shards):
@@ -468,3 +489,44 @@ async def test_what_was_committed_is_there_after_opening_again(engine):
         await add_thing(tx, "a")
     async with engine.open() as shards:
         assert await labels(shards) == ["a"]
+
+
+COUNT_COVERED = "SELECT count(*) AS n FROM thing WHERE tenant = 'default' AND tenfold_owned(bucket)"
+
+
+@pytest.mark.parametrize("statement", ["SELECT broken", SLOW], ids=["wrong", "too slow"])
+async def test_a_covered_read_that_fails_leaves_its_reader_usable(shards, monkeypatch, statement):
+    monkeypatch.setattr(sqlite_connection, "STATEMENT_S_MAX", 0.1)
+    shard = shards.all()[0]
+    with pytest.raises((sqlite3.OperationalError, DeadlineExceeded)):
+        await shard.fetch_covered(statement)
+    for _ in range(8):
+        assert (await shard.fetch_covered(COUNT_COVERED)).rows == [{"n": 0}]
+
+
+async def test_a_covered_read_cancelled_at_any_moment_leaves_its_reader_usable(shards):
+    shard = shards.all()[0]
+    await shard.fetch_covered(COUNT_COVERED)
+    for turns in range(40):
+        reading = asyncio.create_task(shard.fetch_covered(COUNT_COVERED))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading])
+        # The same reader: it is the one that was given back last.
+        async with shard.reading() as reader:
+            await reader.run("BEGIN")
+            await reader.run("ROLLBACK")
+    assert len(shard.readers) == 1
+
+
+async def test_a_covered_read_cut_in_the_middle_ends_at_once(shards):
+    shard, loop = shards.all()[0], asyncio.get_running_loop()
+    reading = asyncio.create_task(shard.fetch_covered(SLOW))
+    await asyncio.sleep(0.2)
+    began_s = loop.time()
+    reading.cancel()
+    await asyncio.wait([reading], timeout=10)
+    assert reading.cancelled()
+    assert loop.time() - began_s < 2
+    assert (await shard.fetch_covered(COUNT_COVERED)).rows == [{"n": 0}]
