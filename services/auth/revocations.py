@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from services.auth.domain import Revocation
 from services.auth.store import REVOCATION_LIFE
 from shared.clock import Clock
-from shared.errors import Unavailable
+from shared.errors import TenfoldError, Unavailable
 from shared.identity import RevocationList
 
 # What other auth processes commit is looked up this often while somebody watches.
@@ -104,8 +104,8 @@ class RevocationHub:
             started = self._clock.now()
             try:
                 found = await list_revocations(since)
-            except Unavailable:
-                pass  # a shard is down: look again from the same moment
+            except TenfoldError:
+                pass  # a shard is down or busy: look again from the same moment
             else:
                 for revocation in found:
                     self.publish(revocation)

@@ -45,7 +45,7 @@ from shared.db.uniq import (
     find_unique,
     reserve_unique,
 )
-from shared.errors import Aborted, Unavailable
+from shared.errors import TenfoldError, Unavailable
 from shared.identity import ACCESS_TOKEN_LIFE_S, LEEWAY_S, Principal, PrincipalKind
 
 EMAIL_CLAIMED = CrashPoint("auth.email_claimed", "the e-mail is reserved, there is no user yet")
@@ -350,22 +350,23 @@ class SqlAuthStore:
         """Finish sign-ups whose process died between create and confirm, until cancelled."""
         while True:
             for shard in self._shards.all():
-                now_us = to_us(self._clock.now())
-                for todo in await list_due_todos(shard, CONFIRM_EMAIL, now_us=now_us):
-                    await self._take(todo)
+                # A shard that is down or busy has its turn again; the loop must not end.
+                with suppress(TenfoldError):
+                    now_us = to_us(self._clock.now())
+                    for todo in await list_due_todos(shard, CONFIRM_EMAIL, now_us=now_us):
+                        await self._take(todo)
             await asyncio.sleep(SWEEP_PERIOD_S)
 
     async def _take(self, todo: Todo) -> None:
         tenant, _, value = todo.payload.decode().partition("\0")
         try:
             await self._confirm(UniqueValue(tenant, EMAIL_KIND, value), todo.id)
-        except (Unavailable, Aborted):
+        except TenfoldError:
             async with self._shards.holding(todo.id).transaction() as tx:
                 await postpone_todo(tx, todo, now_us=to_us(self._clock.now()))
             return
-        with suppress(Unavailable):
-            async with self._shards.holding(todo.id).transaction() as tx:
-                await finish_todo(tx, todo)
+        async with self._shards.holding(todo.id).transaction() as tx:
+            await finish_todo(tx, todo)
 
     async def find_credentials(self, tenant: str, email: EmailAddress) -> Credentials | None:
         """See AuthStore.find_credentials."""
@@ -543,7 +544,7 @@ class SqlAuthStore:
         """Delete revocations whose tokens have all expired, until cancelled."""
         while True:
             for shard in self._shards.all():
-                with suppress(Unavailable):
+                with suppress(TenfoldError):
                     async with shard.transaction() as tx:
                         await tx.execute(DELETE_REVOCATIONS, to_us(self._clock.now()))
             await asyncio.sleep(REVOCATION_SWEEP_PERIOD_S)

@@ -1,0 +1,69 @@
+"""What runs beside the requests outlives a database that is down or busy for a while."""
+
+import asyncio
+
+import pytest
+
+from services.auth import revocations, store
+from services.auth.revocations import RevocationHub
+from services.auth.store import SqlAuthStore
+from services.auth.wiring import MIGRATIONS
+from shared.db.sqlite import open_sqlite_shards
+from shared.errors import DeadlineExceeded, Overloaded, Unavailable
+from shared.identity import RevocationList
+from tests.fakes import ManualClock
+
+SECRET = b"a secret of thirty-two bytes....."
+TROUBLES = [Unavailable("down"), Overloaded("full"), DeadlineExceeded("slow")]
+
+
+class Troubled:
+    """Stands before a shard; each use fails with the next trouble, then all is well."""
+
+    def __init__(self, shard):
+        self._shard = shard
+        self.troubles = list(TROUBLES)
+        self.is_used_again = asyncio.Event()
+
+    def __getattr__(self, name):
+        if name not in {"transaction", "fetch_all"}:
+            return getattr(self._shard, name)
+        if self.troubles:
+            raise self.troubles.pop(0)
+        self.is_used_again.set()
+        return getattr(self._shard, name)
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+@pytest.fixture
+async def shards(tmp_path, clock):
+    async with open_sqlite_shards(
+        tmp_path, migrations=MIGRATIONS, shard_count=1, secret=SECRET, clock=clock
+    ) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("loop", ["run_confirmations", "run_forgetting", "poll"])
+async def test_a_loop_outlives_a_shard_that_is_down_or_busy(shards, clock, monkeypatch, loop):
+    for module, name in (
+        (store, "SWEEP_PERIOD_S"),
+        (store, "REVOCATION_SWEEP_PERIOD_S"),
+        (revocations, "POLL_PERIOD_S"),
+    ):
+        monkeypatch.setattr(module, name, 0.001)
+    troubled = Troubled(shards.all()[0])
+    monkeypatch.setattr(shards, "all", lambda: [troubled])
+    hub = RevocationHub(clock, RevocationList(clock=clock))
+    auth = SqlAuthStore(shards, clock, SECRET, hub)
+    work = hub.run(auth.poll_revocations) if loop == "poll" else getattr(auth, loop)()
+    running = asyncio.create_task(work)
+    used_again = asyncio.create_task(troubled.is_used_again.wait())
+    await asyncio.wait([running, used_again], timeout=5, return_when=asyncio.FIRST_COMPLETED)
+    assert not running.done(), running.exception()
+    assert used_again.done()
+    running.cancel()
+    await asyncio.wait([running])
