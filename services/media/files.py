@@ -211,7 +211,10 @@ class MediaFiles:
             StorageUnavailable: it cannot be opened.
         """
         path = self.upload_path(upload_id)
-        file = UploadFile(await _in_thread(_open_for_writing, path), path)
+        opening = asyncio.get_running_loop().run_in_executor(None, _open_for_writing, path)
+        with _storage_errors():
+            fd = await _opened(opening)
+        file = UploadFile(fd, path)
         at, digest = self._digests.pop(upload_id, (0, None))
         if digest is not None and at == committed_bytes:
             file.digest, file.digested_bytes = digest, at
@@ -257,25 +260,47 @@ class MediaFiles:
         for folder in (output.parent, self.videos, self.work):
             sync_folder(folder)
 
-    async def read(self, path: Path) -> tuple[int, AsyncGenerator[bytes, None]]:
-        """A file's size, and its bytes in pieces.
+    @asynccontextmanager
+    async def reading(self, path: Path) -> AsyncIterator[tuple[int, AsyncGenerator[bytes, None]]]:
+        """A file's size, and its bytes in pieces; closed with the block, read or not.
 
         Raises:
             FileNotServed: there is none.
         """
+        opening = asyncio.get_running_loop().run_in_executor(None, _open_for_reading, path)
         try:
-            fd = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_NOFOLLOW)
+            fd = await _opened(opening)
         except FileNotFoundError as error:
             raise FileNotServed from error
-        return os.fstat(fd).st_size, _pieces(fd)
+        pieces = _pieces(fd)
+        try:
+            yield os.fstat(fd).st_size, pieces
+        finally:
+            await pieces.aclose()
+            os.close(fd)
+
+
+async def _opened(opening: "asyncio.Future[int]") -> int:
+    """The descriptor that a thread opens; closed if the caller does not wait for it."""
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_close_opened)
+        raise
+
+
+def _close_opened(opening: "asyncio.Future[int]") -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        os.close(opening.result())
 
 
 async def _pieces(fd: int) -> AsyncGenerator[bytes, None]:
-    try:
-        while piece := await _in_thread(os.read, fd, READ_BYTES):
-            yield piece
-    finally:
-        os.close(fd)
+    while piece := await _in_thread(os.read, fd, READ_BYTES):
+        yield piece
+
+
+def _open_for_reading(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _open_for_writing(path: Path) -> int:

@@ -117,8 +117,7 @@ class VideoHandler:
         if video.state is not VideoState.READY:
             raise FileNotServed
         folder = self._files.output_folder(video.id, video.output_token)
-        size_bytes, pieces = await self._files.read(folder / file_name)
-        async with aclosing(pieces):
+        async with self._files.reading(folder / file_name) as (size_bytes, pieces):
             await context.send_headers(
                 {
                     "http-status": "200",
