@@ -20,6 +20,7 @@ from services.auth.throttle import LoginThrottle
 from services.auth.tokens import SigningKey, write_private_once
 from shared.bus.outbox import run_relay
 from shared.config import ConfigError, load
+from shared.db.housekeeping import run_housekeeping
 from shared.db.ids import new_id, random_bucket
 from shared.db.sqlite import open_sqlite_shards
 from shared.identity import DEFAULT_TENANT
@@ -53,8 +54,8 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     )
     try:
         async with open_sqlite_shards(
-            folder / "shards", migrations=MIGRATIONS, shard_count=SHARD_COUNT, secret=runtime.secret,
-            clock=clock,
+            folder / "shards", migrations=MIGRATIONS, shard_count=SHARD_COUNT,
+            secret=runtime.secret, clock=clock,
         ) as shards:  # fmt: skip
             store = SqlAuthStore(shards, clock, runtime.secret, hub)
             await _ensure_admin_key(runtime, store, roles)
@@ -84,6 +85,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
                 ],
                 loops=[
                     partial(run_relay, shards, runtime.bus, service=NAME, clock=clock),
+                    partial(run_housekeeping, shards, clock=clock),
                     partial(hub.run, store.poll_revocations),
                     store.run_confirmations,
                     store.run_forgetting,

@@ -28,6 +28,7 @@ from services.media.worker import TranscodeWorker
 from shared.bus.jobs import JobQueue, run_jobs
 from shared.bus.outbox import run_relay
 from shared.config import load
+from shared.db.housekeeping import run_housekeeping
 from shared.db.port import Shards
 from shared.db.sqlite import open_sqlite_shards
 from shared.lifecycle import Loop, Registration, Service
@@ -120,7 +121,8 @@ def _loops(
         lifetime=timedelta(seconds=config.upload_lifetime_s),
         forgotten=timedelta(seconds=config.forgotten_s),
     )
-    loops: list[Loop] = [relay, sweeper.run]
+    housekeeping = partial(run_housekeeping, parts.shards, clock=runtime.clock)
+    loops: list[Loop] = [relay, housekeeping, sweeper.run]
     if config.workers:
         queue = job_queue(
             TranscodeWorker(

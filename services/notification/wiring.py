@@ -22,6 +22,7 @@ from services.notification.watch import InboxWatch
 from shared.bus.outbox import run_relay
 from shared.bus.worker import run_subscription
 from shared.config import ConfigError, load
+from shared.db.housekeeping import run_housekeeping
 from shared.db.port import Shards
 from shared.db.sqlite import open_sqlite_shards
 from shared.lifecycle import Loop, Registration, Service
@@ -84,12 +85,13 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
 def _loops(runtime: Runtime, shards: Shards, mail: MailSender, signal: InboxSignal) -> list[Loop]:
     listener = NotificationListener(signal=signal, clock=runtime.clock)
     relay = partial(run_relay, shards, runtime.bus, service=NAME, clock=runtime.clock)
+    housekeeping = partial(run_housekeeping, shards, clock=runtime.clock)
     subscriptions = [
         partial(run_subscription, runtime.bus, shards, subscription, clock=runtime.clock)
         for subscription in listener.subscriptions()
     ]
     senders = [partial(mail.run, shard) for shard in shards.all()]
-    return [relay, *subscriptions, *senders]
+    return [relay, housekeeping, *subscriptions, *senders]
 
 
 def mail_server_of(config: NotificationConfig) -> MailServer:

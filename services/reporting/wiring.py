@@ -17,6 +17,7 @@ from services.reporting.store import SqlReportStore
 from shared.bus.outbox import run_relay
 from shared.bus.worker import run_subscription
 from shared.config import load
+from shared.db.housekeeping import run_housekeeping
 from shared.db.sqlite import open_sqlite_shards
 from shared.lifecycle import Registration, Service
 from shared.runtime import Runtime
@@ -52,6 +53,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
             loops=(
                 # It emits nothing yet; the relay also removes inbox rows that are too old.
                 partial(run_relay, shards, runtime.bus, service=NAME, clock=runtime.clock),
+                partial(run_housekeeping, shards, clock=runtime.clock),
                 partial(run_subscription, runtime.bus, shards, subscription(), clock=runtime.clock),
             ),
         )
