@@ -14,8 +14,9 @@ from shared.identity import RevocationList
 
 # What other auth processes commit is looked up this often while somebody watches.
 POLL_PERIOD_S = 0.5
-# Their clocks may be behind ours, and their commits later than their dates, by this much.
-OVERLAP = timedelta(seconds=10)
+# Their clocks may be behind ours, and their commits later than their dates, by this much: a
+# revocation is dated before it waits for the writer, 30 s at most, and its turn, 15 s.
+OVERLAP = timedelta(seconds=60)
 HEARTBEAT_S = 5.0
 # Revocations that one slow watcher may leave unread; beyond that it must start over.
 UNREAD_MAX = 10_000

@@ -8,6 +8,7 @@ from services.auth import revocations, store
 from services.auth.revocations import RevocationHub
 from services.auth.store import SqlAuthStore
 from services.auth.wiring import MIGRATIONS
+from shared.db import sqlite_writer
 from shared.db.sqlite import open_sqlite_shards
 from shared.errors import DeadlineExceeded, Overloaded, Unavailable
 from shared.identity import RevocationList
@@ -67,3 +68,22 @@ async def test_a_loop_outlives_a_shard_that_is_down_or_busy(shards, clock, monke
     assert used_again.done()
     running.cancel()
     await asyncio.wait([running])
+
+
+async def test_a_revocation_that_waited_for_the_writer_is_not_overlooked(clock, monkeypatch):
+    monkeypatch.setattr(revocations, "POLL_PERIOD_S", 0.001)
+    looks, has_looked_twice = [], asyncio.Event()
+
+    async def look(since):
+        looks.append((since, clock.now()))
+        if len(looks) == 2:
+            has_looked_twice.set()
+        return []
+
+    running = asyncio.create_task(RevocationHub(clock, RevocationList(clock=clock)).run(look))
+    async with asyncio.timeout(5):
+        await has_looked_twice.wait()
+    running.cancel()
+    await asyncio.wait([running])
+    late_s = sqlite_writer.WAIT_S_MAX + 1.5 * sqlite_writer.TURN_S_MAX
+    assert all((now - since).total_seconds() > late_s for since, now in looks)
