@@ -22,7 +22,7 @@ up: $(READY) ## start the whole mesh here; Ctrl-C stops it
 	@exec $(BIN)/tenfold up $(STOPPER) $(ARGS)
 
 test: $(READY) ## run every test; no running service needed
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
 check: $(READY) ## lint, types, import directions, contracts, stale stubs
 	@echo "ruff: lint" && $(BIN)/ruff check --quiet .

@@ -180,7 +180,11 @@ def test_a_media_type_is_kept_only_if_it_is_one(sent, kept):
     assert clean_mime_type(sent) == kept
 
 
-@pytest.mark.parametrize("text", ["", "x", str(uuid4()), str(UUID(int=0)), "../x"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", str(uuid4()), str(UUID(int=0)), "../x"],
+    ids=["none", "short", "v4", "nil", "path"],
+)
 def test_only_canonical_ids_of_ours_name_an_upload(text):
     with pytest.raises(UploadNotFound):
         upload_id_of(text)

@@ -167,6 +167,7 @@ def test_a_name_gives_its_id_back():
         f"transactions/{new_id(1)}",
         f"accounts/accounts/{new_id(1)}",
     ],
+    ids=["none", "bare", "slash", "upper", "undashed", "braced", "v4", "transaction", "twice"],
 )
 def test_a_name_in_any_other_spelling_is_refused(name):
     with pytest.raises(InvalidRequest, match=r"^name: must be accounts/"):
