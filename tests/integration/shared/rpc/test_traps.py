@@ -16,6 +16,7 @@ from shared.errors import (
     Overloaded,
     Unavailable,
 )
+from shared.rpc.context import Context
 from shared.rpc.engine import EngineLimits
 from shared.rpc.server import RpcServer, RpcServerConfig
 from tests.integration.shared.rpc.harness import USER, Sessions, serving
@@ -162,16 +163,19 @@ async def test_a_burst_past_the_client_s_places_is_not_cancelled_by_the_server()
 
 
 async def test_the_deadline_is_passed_on_less_the_time_to_answer() -> None:
-    async with serving() as inner:
+    left_s: list[float] = []
+    note = Sessions(on_list=lambda context: left_s.append(context.remaining_s()))
+    async with serving(note) as inner:
 
-        async def ask(_context: object) -> None:
+        async def ask(context: Context) -> None:
+            left_s.append(context.remaining_s())
             await inner.stub.ListSessions(auth.ListSessionsRequest(), metadata=inner.as_(USER))
 
         async with serving(Sessions(on_list=ask)) as outer:
             await outer.list(timeout=3)
-        # Seen from the same clock, the inner call must end before the outer one.
-        margin_s = outer.handler.seen[0].deadline_s - inner.handler.seen[0].deadline_s
-        assert 0.010 < margin_s < 0.2
+    when_asking_s, when_asked_s = left_s
+    # What is left only shrinks on the way, so however slow the way was this holds.
+    assert 0 < when_asked_s < when_asking_s - 0.018
 
 
 async def test_a_call_without_a_deadline_gets_the_contract_s_and_a_huge_one_is_cut() -> None:
