@@ -136,7 +136,8 @@ async def test_one_caller_may_hold_only_so_many_streams(start_edge):
     async with start_edge(EdgeConfig(streams_per_caller_max=1, drain_s=1.0)) as edge:
         headers = edge.bearer()
         async with edge.client.stream("GET", "/v1/videos/endless:watch", headers=headers) as first:
-            await anext(first.aiter_bytes())
+            received = first.aiter_bytes()  # kept: a dropped generator closes its connection
+            await anext(received)
             second = await edge.client.get("/v1/videos/v1:watch", headers=headers)
             other = await edge.client.get("/v1/videos/v1:watch", headers=edge.bearer())
         assert (second.status_code, second.json()["reason"]) == (429, "STREAMS_EXCEEDED")
