@@ -3,9 +3,11 @@
 No step knows a service. What a method needs is in its contract.
 """
 
+import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -345,8 +347,7 @@ class EdgeApp:
             problem=lambda error: self._problem(exchange, error).body,
             heartbeat_s=self._parts.limits.heartbeat_s,
         )
-        caller_key = exchange.principal.credential or address_block(exchange.address)
-        with self._parts.open_streams.opened(caller_key) as ended:
+        with self._opened(exchange) as ended:
             stream = self._parts.upstream.stream(route.method, request, _caller(exchange))
             await streams.relay(answer, stream, ended=ended)
 
@@ -356,10 +357,26 @@ class EdgeApp:
         body_bytes_max = route.raw.body_bytes_max or limits.body_bytes_max
         _refuse_large(exchange, body_bytes_max)
         extra = raw.raw_metadata(exchange, public_url=self._parts.public_url)
-        call = self._parts.upstream.bidirectional(route.method, _caller(exchange, extra))
-        await raw.relay(
-            exchange, call, body_bytes_max=body_bytes_max, body_idle_s=limits.body_timeout_s
-        )
+        with self._opened(exchange) as ended:
+            call = self._parts.upstream.bidirectional(route.method, _caller(exchange, extra))
+            await raw.relay(
+                exchange,
+                call,
+                body_bytes_max=body_bytes_max,
+                body_idle_s=limits.body_timeout_s,
+                ended=ended,
+            )
+
+    @contextmanager
+    def _opened(self, exchange: Exchange) -> Iterator["asyncio.Future[TenfoldError]"]:
+        credential = exchange.principal.credential
+        with self._parts.open_streams.opened(
+            credential or address_block(exchange.address)
+        ) as ended:
+            # A log-out between the check of the credential and here found nothing to end.
+            if self._parts.authenticator is not None:
+                self._parts.authenticator.require_valid(exchange.principal)
+            yield ended
 
     # Requests
     async def _request(self, exchange: Exchange) -> Any:  # noqa: ANN401 - a message made at run time

@@ -115,6 +115,15 @@ class Authenticator:
         self._revocations = revocations
         self._stale_s = revocations_stale_s
 
+    def require_valid(self, principal: Principal) -> None:
+        """Refuse a principal whose credential was revoked since it was believed.
+
+        Raises:
+            CredentialRevoked: it was.
+        """
+        if principal.credential and self._revocations.is_revoked(principal.credential):
+            raise CredentialRevoked("the credential has been revoked")
+
     async def principal_of(self, exchange: Exchange) -> Principal:
         """Who asks; PUBLIC without a credential.
 

@@ -7,7 +7,7 @@ had made durable by then is its own to keep; a resumable upload asks for its off
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from typing import Protocol
 from urllib.parse import quote
 
@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from edge.exchange import BodyChunks, Exchange, HeaderList
 from edge.refusals import ClientLeft, HttpRefusal
 from edge.routes import Route
-from shared.errors import Internal, NotFound, Unavailable
+from shared.errors import Internal, NotFound, TenfoldError, Unavailable
 
 # A gRPC message; well below the 4 MiB that services receive, large enough to be cheap.
 CHUNK_BYTES_MAX = 256 * 1024
@@ -84,7 +84,12 @@ def raw_metadata(exchange: Exchange, *, public_url: str) -> list[tuple[str, str]
 
 
 async def relay(
-    exchange: Exchange, call: RawCall, *, body_bytes_max: int, body_idle_s: float
+    exchange: Exchange,
+    call: RawCall,
+    *,
+    body_bytes_max: int,
+    body_idle_s: float,
+    ended: Awaitable[TenfoldError],
 ) -> None:
     """Stream the body up and the answer down.
 
@@ -93,24 +98,31 @@ async def relay(
         call: the running call; cancelled before this returns, however it returns.
         body_bytes_max: what the body may hold.
         body_idle_s: how long the client may send nothing.
+        ended: completes with the reason when the edge ends the exchange.
 
     Raises:
-        TenfoldError: the service, or the edge, refused before anything was answered.
+        TenfoldError: the service, or the edge, refused or ended it.
         ClientLeft: the client closed the connection.
     """
     chunks = BodyChunks(exchange, bytes_max=body_bytes_max, idle_s=body_idle_s)
     try:
         async with asyncio.TaskGroup() as group:
             up = group.create_task(_send_body(exchange, chunks, call))
+            ending = group.create_task(_raise_result_of(ended))
             first = await call.read()
             if not exchange.body_is_read:
                 up.cancel()  # answered early: the rest of the body interests nobody
             await _send_answer(exchange, call, first)
             up.cancel()
+            ending.cancel()
     except BaseExceptionGroup as group_error:
         raise _cause(group_error) from None
     finally:
         call.cancel()
+
+
+async def _raise_result_of(ended: Awaitable[TenfoldError]) -> None:
+    raise await ended
 
 
 async def _send_body(exchange: Exchange, chunks: BodyChunks, call: RawCall) -> None:

@@ -115,6 +115,30 @@ async def test_a_client_that_dies_in_the_middle_cancels_the_call(edge):
     del reader
 
 
+async def test_logging_out_cuts_an_upload_that_is_under_way(edge):
+    uploads, session = edge.behind.uploads, "session-that-uploads"
+    uploads.was_cut.clear()
+    uploads.received = 0
+    token = edge.bearer(session=session)["authorization"]
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
+    writer.write(
+        b"PATCH /v1/files/u3 HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n"
+        + f"Authorization: {token}\r\n\r\n".encode()
+        + b"x" * 1000
+    )
+    await writer.drain()
+    until = time.monotonic() + 5
+    while uploads.received < 1000:
+        assert time.monotonic() < until
+        await asyncio.sleep(0.01)
+    await edge.behind.sessions.revoke(session)
+    await asyncio.wait_for(uploads.was_cut.wait(), 5)
+    answer = await asyncio.wait_for(reader.read(), 5)
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert b"CREDENTIAL_REVOKED" in answer
+    writer.close()
+
+
 async def test_a_service_that_takes_nothing_stops_the_client(edge):
     uploads = edge.behind.uploads
     uploads.gate.clear()
