@@ -83,6 +83,7 @@ class EdgeHttpProtocol(HttpToolsProtocol):
         super().__init__(config, server_state, app_state, _loop)
         self._address = ""
         self._is_in_head = True
+        self._is_same_head = True  # since the last bytes came
         self._head_bytes = 0  # of an unfinished head, as they came from the wire
         self._wire_bytes = 0  # of an unfinished body, as they came from the wire
         self._body_bytes = 0  # of the same body, without its chunk framing
@@ -116,10 +117,10 @@ class EdgeHttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._unset_keepalive_if_required()
-        was_in_head = self._is_in_head
+        self._is_same_head = self._is_in_head
         try:
             self.parser.feed_data(data)
-            self._bound_what_is_unfinished(len(data), was_in_head)
+            self._bound_what_is_unfinished(len(data))
         except httptools.HttpParserUpgrade:
             # The upgrade is declined by answering in HTTP/1.1 (RFC 9110 §7.8); bytes in
             # the other protocol may follow, so this is the connection's last request.
@@ -155,7 +156,7 @@ class EdgeHttpProtocol(HttpToolsProtocol):
         self._check_framing()
         if len(self.pipeline) >= PIPELINED_MAX:
             self._stop(429, f"More than {PIPELINED_MAX} requests wait on this connection.")
-        self._is_in_head = False
+        self._is_in_head = self._is_same_head = False
         self._head_bytes = self._wire_bytes = self._body_bytes = 0
         self._disarm_head_timer()
         super().on_headers_complete()
@@ -194,12 +195,13 @@ class EdgeHttpProtocol(HttpToolsProtocol):
         if coding is not None and (coding != b"chunked" or version == "1.0"):
             self._stop(400, 'The only transfer coding taken is "chunked".')
 
-    def _bound_what_is_unfinished(self, data_bytes: int, was_in_head: bool) -> None:
+    def _bound_what_is_unfinished(self, data_bytes: int) -> None:
         """Bound what httptools keeps to itself: half a header, a chunk's extension."""
         if self._is_in_head:
             if self.cycle is None or self.cycle.response_complete:
                 self._arm_head_timer()  # also for blank lines that never begin a request
-            self._head_bytes = self._head_bytes + data_bytes if was_in_head else 0
+            # Bytes that also held the end of a head, and perhaps a body, are not counted.
+            self._head_bytes = self._head_bytes + data_bytes if self._is_same_head else 0
             if self._head_bytes > HEAD_BYTES_MAX + TARGET_BYTES_MAX:
                 self._stop(431, f"The headers are longer than {HEAD_BYTES_MAX} bytes.")
             return

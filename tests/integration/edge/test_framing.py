@@ -100,6 +100,12 @@ async def test_small_chunks_of_an_honest_client_are_taken(edge):
     assert statuses(await edge.raw(CHUNKED + chunks + b"0\r\n\r\n")) == [401]
 
 
+@pytest.mark.parametrize("body_bytes", [45_000, 100_000, 200_000])
+async def test_a_large_body_that_arrives_with_its_head_is_no_large_head(edge, body_bytes):
+    head = b"POST /v1/accounts HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % body_bytes
+    assert statuses(await edge.raw(head + b" " * body_bytes)) == [401]
+
+
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
