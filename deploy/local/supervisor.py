@@ -20,6 +20,7 @@ from deploy.local.errors import LaunchError
 from deploy.local.processes import ProcessMark, mark
 from deploy.local.program import Program
 from shared.crashpoints import CRASH_JOURNAL_VARIABLE, CRASH_POINT_VARIABLE
+from shared.signals import send_signal
 
 WRAPPER = Path(__file__).with_name("child.py")
 READY_POLL_S = 0.05
@@ -123,8 +124,8 @@ class Supervisor:
         """End every child now."""
         self._stopping.set()
         for child in self._children.values():
-            if child.process and child.process.returncode is None:
-                child.process.kill()
+            if child.process:
+                send_signal(child.process, signal.SIGKILL)
 
     async def _spawn(self, child: Child) -> None:
         program = child.program
@@ -221,13 +222,12 @@ class Supervisor:
         process = child.process
         if process is None:
             return
-        with suppress(ProcessLookupError):
-            process.terminate()
+        send_signal(process, signal.SIGTERM)
         try:
             await asyncio.wait_for(process.wait(), child.program.stop_timeout_s)
         except TimeoutError:
             self._say(f"{child.program.name} did not stop in time and was killed")
-            process.kill()
+            send_signal(process, signal.SIGKILL)
             await process.wait()
         end_group(child)
 

@@ -10,6 +10,7 @@ the bare ones do nothing of that. Servers are children; the CPU of both sides co
 import asyncio
 import json
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Awaitable, Callable
@@ -30,6 +31,7 @@ from shared.identity import (
 from shared.lifecycle import Registration
 from shared.rpc.client import Channels, Upstreams
 from shared.rpc.server import RpcServer, RpcServerConfig
+from shared.signals import send_signal
 from tests.integration.shared.rpc.harness import key_pair
 
 CALLS = 6000
@@ -139,7 +141,7 @@ async def measure(calls: int) -> dict[str, object]:
     finally:
         await channels.close()
         for child in (bare_child, ours_child):
-            child.kill()
+            send_signal(child, signal.SIGKILL)
             await child.wait()
 
 

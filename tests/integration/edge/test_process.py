@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from shared.signals import send_signal
 from tests.integration.edge.behind import KNOWN, Behind
 
 START_TIMEOUT_S = 20.0
@@ -44,8 +45,7 @@ async def running(environ: dict[str, str]) -> AsyncIterator[tuple[Process, str]]
     try:
         yield process, await url_of(process)
     finally:
-        if process.returncode is None:
-            process.kill()
+        send_signal(process, signal.SIGKILL)
         await process.communicate()
 
 
@@ -72,7 +72,7 @@ async def test_it_serves_says_where_and_drains_on_sigterm(behind, tmp_path):
                 client.get("/v1/accounts/slow", headers={**headers, "grpc-timeout": "1500m"})
             )
             await asyncio.sleep(0.3)
-            process.send_signal(signal.SIGTERM)
+            send_signal(process, signal.SIGTERM)
             assert (await slow).status_code == 504  # it was let finish
         assert await asyncio.wait_for(process.wait(), 10) == 0
 

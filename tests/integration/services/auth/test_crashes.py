@@ -16,6 +16,7 @@ import pytest
 from shared.errors import TenfoldError, Unauthenticated, Unavailable
 from shared.identity import IdentitySigner, RevocationList
 from shared.rpc.client import Channels, Upstreams
+from shared.signals import send_signal
 from tests.fakes import ManualClock
 from tests.integration.services.auth.harness import Auth, new_email, write_keys
 
@@ -43,12 +44,11 @@ async def process(data: Path, nats_url: str, port: int, crash: str = "") -> Asyn
         yield running
     finally:
         await channels.close()
-        if child.returncode is None:
-            child.send_signal(signal.SIGTERM)
+        send_signal(child, signal.SIGTERM)
         try:
             await asyncio.wait_for(child.wait(), 15)
         except TimeoutError:
-            child.kill()
+            send_signal(child, signal.SIGKILL)
             await child.wait()
     assert child.returncode in {0, -signal.SIGKILL}
 

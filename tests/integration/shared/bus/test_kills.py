@@ -12,6 +12,7 @@ import pytest
 from shared.bus.jetstream import open_bus
 from shared.clock import SystemClock
 from shared.db.port import OutboxRow
+from shared.signals import send_signal
 from tests.integration.shared.bus.ledger import (
     applied,
     dead_letters,
@@ -39,8 +40,7 @@ async def child(url, folder, *, crash_point="", starts_max=3):
     try:
         yield process
     finally:
-        if process.returncode is None:
-            process.kill()
+        send_signal(process, signal.SIGKILL)
         await process.wait()
 
 

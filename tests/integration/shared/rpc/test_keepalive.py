@@ -11,6 +11,7 @@ from tenfold.auth.v1 import auth_service_pb2_grpc as auth_grpc
 
 from shared.errors import TenfoldError
 from shared.rpc.client import Channels, Upstreams
+from shared.signals import send_signal
 
 
 async def test_a_frozen_server_is_noticed_within_seconds_and_found_again() -> None:
@@ -24,13 +25,13 @@ async def test_a_frozen_server_is_noticed_within_seconds_and_found_again() -> No
         channels = Channels(Upstreams({"*": f"127.0.0.1:{port}"}), keepalive_s=1, ping_timeout_s=1)
         stub = auth_grpc.TokenServiceStub(channels.channel("tenfold.auth.v1.TokenService"))
         await stub.GetJwks(auth.GetJwksRequest())
-        server.send_signal(signal.SIGSTOP)
+        send_signal(server, signal.SIGSTOP)
         start_s = time.monotonic()
         with pytest.raises(TenfoldError) as refusal:
             await stub.GetJwks(auth.GetJwksRequest(), timeout=30)
         assert refusal.value.error_reason == "UNAVAILABLE"
         assert time.monotonic() - start_s < 5
-        server.send_signal(signal.SIGCONT)
+        send_signal(server, signal.SIGCONT)
         async with asyncio.timeout(10):
             while True:
                 try:
@@ -41,5 +42,5 @@ async def test_a_frozen_server_is_noticed_within_seconds_and_found_again() -> No
                     break
         await channels.close()
     finally:
-        server.kill()
+        send_signal(server, signal.SIGKILL)
         await server.wait()

@@ -17,6 +17,7 @@ from deploy.local.errors import LaunchError
 from deploy.local.processes import ProcessMark, mark
 from deploy.local.program import Program
 from deploy.local.supervisor import WRAPPER, Patience, open_supervisor, tail_of
+from shared.signals import send_signal
 from tests.mesh import ROOT, poll_until, wait_until_gone
 
 ADDRESS = Address("127.0.0.1", 1)
@@ -104,7 +105,7 @@ async def test_a_child_that_keeps_dying_ends_the_mesh_and_its_siblings(tmp_path:
                 while True:
                     child = supervisor.children["child"]
                     if child.process:
-                        child.process.kill()
+                        send_signal(child.process, signal.SIGKILL)
                     await asyncio.sleep(0.01)
     wait_until_gone(siblings, timeout_s=WAIT_S)
 
