@@ -13,7 +13,7 @@ BASELINE := tests/contracts/baseline.binpb
 IMAGE := proto/gen/tenfold/contracts.binpb
 STOPPER := --stop-with-parent $$PPID
 
-.PHONY: help up test check stubs demo chaos clean baseline
+.PHONY: help up test check stubs lock demo chaos clean baseline
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -37,6 +37,10 @@ check: $(READY) ## lint, types, import directions, contracts, stale stubs
 
 stubs: $(READY) ## regenerate proto/gen from the contracts
 	@$(BIN)/python proto/generate.py
+
+lock: $(READY) ## after a change of dependencies: pin them all, with hashes
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-header --no-annotate --no-emit-index-url --extra dev pyproject.toml -o requirements.lock
 
 baseline: $(READY) ## at a release: later contracts must not break these
 	@cp $(IMAGE) $(BASELINE)
