@@ -3,64 +3,41 @@
 No step knows a service. What a method needs is in its contract.
 """
 
-import asyncio
-import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 
 from edge import charges as charging
-from edge import raw, streams
 from edge.auth import Authenticator, authorize
+from edge.calls import Calls
 from edge.charges import Charges
 from edge.cors import Cors, is_preflight
 from edge.deadlines import timeout_of
 from edge.exchange import Exchange, HeaderList, Receive, Scope, Send, address_block
-from edge.fields import AnyMessage, descriptor_of
 from edge.health import Readiness
-from edge.problem import Problem, http_problem, problem_of
+from edge.problem import problem_of
 from edge.quota import Quota
 from edge.quota_store import LocalQuotaStore
 from edge.refusals import (
-    BodyTooLarge,
     ClientLeft,
-    HttpRefusal,
     MethodNotAllowed,
-    UnsupportedMediaType,
 )
-from edge.routes import Match, Route, RouteTable
-from edge.transcode import (
-    HTTP_BODY,
-    http_body_of,
-    request_message,
-    response_json,
-    set_request_id,
-)
-from edge.upstream import Caller, Upstream
+from edge.routes import Match, RouteTable
+from edge.streams import OpenStreams
 from shared import log
 from shared.errors import (
-    DeadlineExceeded,
     Internal,
-    InvalidRequest,
     NotFound,
     Overloaded,
     QuotaExceeded,
     TenfoldError,
     Unavailable,
-    Unimplemented,
 )
-from shared.rpc.policy import Access, Idempotency
-from shared.rpc.status import code_of
 
-JSON = b"application/json"
-IDEMPOTENCY_KEY_CHARACTERS_MAX = 255
 # What nginx logs for a client that closed before the answer; it is never sent.
 CLIENT_LEFT_STATUS = 499
 OVERLOADED_RETRY_AFTER_S = 0.5
 
-_CHARSET = re.compile(r'\s*charset\s*=\s*"?utf-?8"?\s*', re.IGNORECASE)
 _log = log.get_logger("edge")
 
 Step = Callable[[Exchange], Awaitable[None]]
@@ -81,21 +58,15 @@ class Document:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may take.
+    """How much is let in.
 
     Attributes:
-        body_bytes_max: of a JSON body, or a raw one whose contract says nothing.
-        body_timeout_s: for a whole JSON body; for raw ones, the longest pause.
         requests_max: in flight at once, streams included.
         address: what one address block may do; counted in this process only.
-        heartbeat_s: the longest silence in a stream.
     """
 
-    body_bytes_max: int
-    body_timeout_s: float
     requests_max: int
     address: Quota
-    heartbeat_s: float = streams.HEARTBEAT_S
 
 
 @dataclass(frozen=True)
@@ -105,22 +76,20 @@ class Parts:
     Attributes:
         routes: which method answers what.
         authenticator: None where the upstream knows no identities.
-        public_url: scheme and host that clients use, or "" to take them from requests.
         documents: by path: the OpenAPI document, the reference and its files.
         trusted_hops: how many proxies in front append to X-Forwarded-For.
     """
 
     routes: RouteTable
-    upstream: Upstream
+    calls: Calls
     charges: Charges
     addresses: LocalQuotaStore
     limits: Limits
     cors: Cors
     readiness: Readiness
-    open_streams: streams.OpenStreams
+    open_streams: OpenStreams
     documents: Mapping[bytes, Document]
     authenticator: Authenticator | None = None
-    public_url: str = ""
     trusted_hops: int = 0
 
 
@@ -187,26 +156,14 @@ class EdgeApp:
             return
         if exchange.charge is not None:
             charging.note_error(exchange.charge, error)
-        document = self._problem(exchange, error)
-        headers = [(k.encode(), v.encode("latin-1")) for k, v in document.headers.items()]
+        problem = problem_of(error, request_id=exchange.request_id, route=exchange.route)
+        headers = [(k.encode(), v.encode("latin-1")) for k, v in problem.headers.items()]
         headers.append((b"cache-control", b"no-store"))
         try:
             exchange.answer_headers = self._parts.cors.answer_headers(exchange)
-            await exchange.respond(document.status, headers, document.body)
+            await exchange.respond(problem.status, headers, problem.body)
         except ClientLeft:
             exchange.status = CLIENT_LEFT_STATUS
-
-    def _problem(self, exchange: Exchange, error: TenfoldError) -> Problem:
-        if isinstance(error, HttpRefusal):
-            return http_problem(
-                error.http_status,
-                code=code_of(error).name,
-                reason=error.error_reason,
-                detail=error.message,
-                request_id=exchange.request_id,
-                headers=error.headers,
-            )
-        return problem_of(error, request_id=exchange.request_id, route=exchange.route)
 
     # The steps, in their order
     async def _admit(self, exchange: Exchange) -> None:
@@ -304,153 +261,7 @@ class EdgeApp:
             raise charging.refuse(charge)
 
     async def _call(self, exchange: Exchange) -> None:
-        method = exchange.call.method
-        if exchange.call.raw is not None:
-            await self._call_raw(exchange)
-        elif method.client_streaming:
-            raise Unimplemented("Client streams are not served over REST.")
-        elif method.server_streaming:
-            await self._call_stream(exchange)
-        else:
-            await self._call_unary(exchange)
-
-    # The three kinds of call
-    async def _call_unary(self, exchange: Exchange) -> None:
-        route = exchange.call
-        streams.choose_media_type(exchange.header("accept"), _offers(route))
-        request = await self._request(exchange)
-        reply = await self._parts.upstream.unary(route.method, request, _caller(exchange))
-        if reply.is_replayed and exchange.charge is not None:
-            charging.note_replay(exchange.charge)
-        content_type, body = JSON, b""
-        http_body = http_body_of(route, reply.message)
-        if http_body is None:
-            body = response_json(route, reply.message)
-        else:
-            content_type, body = http_body[0].encode("ascii", "replace"), http_body[1]
-        headers = [(b"content-type", content_type), (b"cache-control", _cache_control(route))]
-        if reply.is_replayed:
-            headers.append((b"idempotency-replayed", b"true"))
-        await exchange.respond(200, headers, body)
-
-    async def _call_stream(self, exchange: Exchange) -> None:
-        route = exchange.call
-        framing = streams.choose_framing(exchange.header("accept"))
-        request = await self._request(exchange)
-        cursor = exchange.header("last-event-id")
-        if cursor and streams.CURSOR_FIELD in descriptor_of(route.method.input).fields_by_name:
-            cast("AnyMessage", request).cursor = cursor
-        answer = streams.Answer(
-            exchange,
-            framing,
-            encode=lambda message: response_json(route, message),
-            problem=lambda error: self._problem(exchange, error).body,
-            heartbeat_s=self._parts.limits.heartbeat_s,
-        )
-        with self._opened(exchange) as ended:
-            stream = self._parts.upstream.stream(route.method, request, _caller(exchange))
-            await streams.relay(answer, stream, ended=ended)
-
-    async def _call_raw(self, exchange: Exchange) -> None:
-        route, limits = exchange.call, self._parts.limits
-        assert route.raw is not None
-        body_bytes_max = route.raw.body_bytes_max or limits.body_bytes_max
-        _refuse_large(exchange, body_bytes_max)
-        extra = raw.raw_metadata(exchange, public_url=self._parts.public_url)
-        with self._opened(exchange) as ended:
-            call = self._parts.upstream.bidirectional(route.method, _caller(exchange, extra))
-            await raw.relay(
-                exchange,
-                call,
-                body_bytes_max=body_bytes_max,
-                body_idle_s=limits.body_timeout_s,
-                ended=ended,
-            )
-
-    @contextmanager
-    def _opened(self, exchange: Exchange) -> Iterator["asyncio.Future[TenfoldError]"]:
-        credential = exchange.principal.credential
-        with self._parts.open_streams.opened(
-            credential or address_block(exchange.address)
-        ) as ended:
-            # A log-out between the check of the credential and here found nothing to end.
-            if self._parts.authenticator is not None:
-                self._parts.authenticator.require_valid(exchange.principal)
-            yield ended
-
-    # Requests
-    async def _request(self, exchange: Exchange) -> Any:  # noqa: ANN401 - a message made at run time
-        route, limits = exchange.call, self._parts.limits
-        body = await exchange.read_body(
-            bytes_max=limits.body_bytes_max, timeout_s=limits.body_timeout_s
-        )
-        content_type = exchange.header("content-type")
-        if body and not _takes_any_body(route):
-            _require_json(exchange, content_type)
-        message = request_message(
-            route, exchange.captures, exchange.query, body, content_type=content_type
-        )
-        self._set_request_id(exchange, message)
-        return message
-
-    def _set_request_id(self, exchange: Exchange, message: AnyMessage) -> None:
-        key = exchange.header("idempotency-key")
-        if len(key) > IDEMPOTENCY_KEY_CHARACTERS_MAX:
-            most = IDEMPOTENCY_KEY_CHARACTERS_MAX
-            raise InvalidRequest.of_field("Idempotency-Key", f"must be at most {most} characters")
-        if not exchange.call.takes_request_id:
-            return
-        if key:
-            set_request_id(message, key)
-        is_keyed = exchange.call.method.policy.idempotency is Idempotency.KEYED
-        if is_keyed and not message.request_id:
-            raise InvalidRequest.of_field(
-                "Idempotency-Key", "this header is needed: a key of your own for each new effect"
-            )
-
-
-def _caller(exchange: Exchange, extra: list[tuple[str, str]] | None = None) -> Caller:
-    timeout_s = exchange.remaining_s()
-    if timeout_s <= 0:
-        raise DeadlineExceeded("The time was spent before the call began.")
-    return Caller(
-        exchange.principal, timeout_s, exchange.request_id, exchange.traceparent, extra or ()
-    )
-
-
-def _offers(route: Route) -> list[str]:
-    is_json = descriptor_of(route.method.output).full_name != HTTP_BODY and not route.response_body
-    return ["application/json"] if is_json else ["application/json", "*/*"]
-
-
-def _takes_any_body(route: Route) -> bool:
-    request = descriptor_of(route.method.input)
-    has_field = route.body not in {"", "*"}
-    target = request.fields_by_name[route.body].message_type if has_field else request
-    return target is not None and target.full_name == HTTP_BODY
-
-
-def _require_json(exchange: Exchange, content_type: str) -> None:
-    media_type, _, parameters = content_type.partition(";")
-    if media_type.strip().lower() != "application/json":
-        raise UnsupportedMediaType("Send the body as application/json.")
-    if parameters and not _CHARSET.fullmatch(parameters):
-        raise UnsupportedMediaType("The only charset taken is utf-8.")
-    if exchange.header("content-encoding") not in {"", "identity"}:
-        raise UnsupportedMediaType("Compressed bodies are not taken.")
-
-
-def _refuse_large(exchange: Exchange, bytes_max: int) -> None:
-    if int(exchange.headers.get(b"content-length", b"0")) > bytes_max:
-        raise BodyTooLarge(f"The body is longer than {bytes_max} bytes.")
-
-
-def _cache_control(route: Route) -> bytes:
-    seconds = route.method.options.cache_max_age.seconds
-    if not seconds:
-        return b"no-store"
-    who = "public" if route.method.policy.access is Access.PUBLIC else "private"
-    return f"{who}, max-age={seconds}".encode()
+        await self._parts.calls.make(exchange)
 
 
 def _text(cache_control: bytes) -> HeaderList:

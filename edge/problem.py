@@ -15,6 +15,7 @@ import orjson
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from edge.fields import descriptor_of, is_map, map_fields
+from edge.refusals import HttpRefusal
 from edge.routes import Route
 from shared import errors
 from shared.errors import ERROR_DOMAIN, InvalidRequest, TenfoldError, Violation
@@ -80,6 +81,7 @@ def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = No
         route: gives the fields of violations their JSON names and pointers; None before routing.
     """
     status = status_of(error)
+    own_headers = error.headers if isinstance(error, HttpRefusal) else {}
     detail = INTERNAL_DETAIL if isinstance(error, errors.Internal) else error.message
     document = _document(status, code_of(error).name, error.error_reason, detail, request_id)
     if error.metadata and not isinstance(error, errors.Internal):
@@ -90,7 +92,7 @@ def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = No
         prefix = f"{error.violations[0].field}: "
         if detail.startswith(prefix):  # InvalidRequest.of_field: say it in JSON names too
             document["detail"] = f"{told[0]['field']}: {detail.removeprefix(prefix)}"
-    headers = {"content-type": CONTENT_TYPE}
+    headers = {"content-type": CONTENT_TYPE} | own_headers
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(0, math.ceil(error.retry_after_s)))
     if status == HTTPStatus.UNAUTHORIZED:
@@ -99,32 +101,10 @@ def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = No
     return Problem(status, document, headers)
 
 
-def http_problem(
-    status: int,
-    *,
-    code: str,
-    reason: str,
-    detail: str,
-    request_id: str,
-    headers: Mapping[str, str] | None = None,
-) -> Problem:
-    """Tell of what only HTTP knows: no route, a method not allowed, a body too large.
-
-    Args:
-        status: the HTTP status.
-        code: the gRPC name that is nearest, such as "NOT_FOUND".
-        reason: in UPPER_SNAKE_CASE, for programs.
-        detail: one sentence for people.
-        request_id: the correlation id of the request.
-        headers: what the status asks for, such as "allow".
-    """
-    document = _document(HTTPStatus(status), code, reason, detail, request_id)
-    own = {name.lower(): value for name, value in (headers or {}).items()}
-    return Problem(status, document, {"content-type": CONTENT_TYPE} | own)
-
-
 def status_of(error: TenfoldError) -> HTTPStatus:
     """The HTTP status of an error: by its reason where that says more, else by its class."""
+    if isinstance(error, HttpRefusal):
+        return HTTPStatus(error.http_status)
     # A reason outlives the class: a service's error has become its gRPC kind on the way here.
     if error.error_reason == errors.IdempotencyKeyReused.reason:
         return HTTPStatus.UNPROCESSABLE_ENTITY

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from edge.app import Document, EdgeApp, Limits, Parts
 from edge.auth import ApiKeys, Authenticator, SigningKeys, has_valid_checksum
 from edge.auth_client import EndingRevocations, RpcAuthClient
+from edge.calls import CallLimits, Calls
 from edge.charges import Charges, prices_of
 from edge.config import EdgeConfig
 from edge.contracts import ContractError, Contracts, load_contracts
@@ -88,10 +89,16 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
         yield EdgeApp(
             Parts(
                 routes=routes,
-                upstream=Upstream(channels, around.signer),
+                calls=Calls(
+                    Upstream(channels, around.signer),
+                    open_streams,
+                    _call_limits(config),
+                    authenticator=authenticator,
+                    public_url=config.public_url.rstrip("/"),
+                ),
                 charges=Charges(store, prices),
                 addresses=LocalQuotaStore(around.clock),
-                limits=_limits(config),
+                limits=Limits(config.requests_max, config.address_quota()),
                 cors=Cors(config.origins, routes),
                 readiness=Readiness(
                     channels,
@@ -101,7 +108,6 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
                 open_streams=open_streams,
                 documents=_documents(routes, contracts),
                 authenticator=authenticator,
-                public_url=config.public_url.rstrip("/"),
                 trusted_hops=config.trusted_hops,
             )
         )
@@ -172,12 +178,10 @@ def _contracts(config: EdgeConfig) -> Contracts:
         raise ContractError(f"TENFOLD_EDGE_DESCRIPTORS={path} cannot be read: {error}") from error
 
 
-def _limits(config: EdgeConfig) -> Limits:
-    return Limits(
+def _call_limits(config: EdgeConfig) -> CallLimits:
+    return CallLimits(
         body_bytes_max=config.body_bytes_max,
         body_timeout_s=config.body_timeout_s,
-        requests_max=config.requests_max,
-        address=config.address_quota(),
         heartbeat_s=config.heartbeat_s,
     )
 

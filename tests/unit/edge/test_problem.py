@@ -3,7 +3,8 @@ import orjson
 import pytest
 
 from edge.contracts import load_contracts
-from edge.problem import http_problem, json_field, problem_of
+from edge.problem import json_field, problem_of
+from edge.refusals import MethodNotAllowed
 from edge.routes import RouteTable
 from shared import errors
 from shared.errors import InvalidRequest, TenfoldError, Violation
@@ -150,13 +151,8 @@ def test_paths_are_translated_by_the_descriptor(everything_contracts, path, expe
 
 
 def test_what_only_http_knows_has_the_same_shape():
-    problem = http_problem(
-        405,
-        code="UNIMPLEMENTED",
-        reason="METHOD_NOT_ALLOWED",
-        detail="This path answers GET.",
-        request_id="r",
-        headers={"Allow": "GET"},
-    )
+    refusal = MethodNotAllowed("This path answers GET.", headers={"allow": "GET"})
+    problem = problem_of(refusal, request_id="r")
+    assert problem.status == 405
     assert problem.headers == {"content-type": "application/problem+json", "allow": "GET"}
     assert orjson.loads(problem.body).keys() == told(errors.NotFound("x")).keys()

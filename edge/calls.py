@@ -1,0 +1,230 @@
+"""The three kinds of call: a unary method, a server stream, a raw binding.
+
+A request gets here when every other step has let it pass.
+"""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from edge import charges as charging
+from edge import raw, streams
+from edge.auth import Authenticator
+from edge.exchange import Exchange, address_block
+from edge.fields import AnyMessage, descriptor_of
+from edge.problem import problem_of
+from edge.refusals import BodyTooLarge, UnsupportedMediaType
+from edge.routes import Route
+from edge.transcode import (
+    HTTP_BODY,
+    http_body_of,
+    request_message,
+    response_json,
+    set_request_id,
+)
+from edge.upstream import Caller, Upstream
+from shared.errors import DeadlineExceeded, InvalidRequest, TenfoldError, Unimplemented
+from shared.rpc.policy import Access, Idempotency
+
+JSON = b"application/json"
+IDEMPOTENCY_KEY_CHARACTERS_MAX = 255
+_CHARSET = re.compile(r'\s*charset\s*=\s*"?utf-?8"?\s*', re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class CallLimits:
+    """What one call may take.
+
+    Attributes:
+        body_bytes_max: of a JSON body, or a raw one whose contract says nothing.
+        body_timeout_s: for a whole JSON body; for raw ones, the longest pause.
+        heartbeat_s: the longest silence in a stream.
+    """
+
+    body_bytes_max: int
+    body_timeout_s: float
+    heartbeat_s: float = streams.HEARTBEAT_S
+
+
+class Calls:
+    """Makes calls to the services, and answers with what they say.
+
+    Args:
+        upstream: the services.
+        open_streams: counts streams, and ends them from outside.
+        limits: what one call may take.
+        authenticator: None where the upstream knows no identities.
+        public_url: scheme and host that clients use, or "" to take them from requests.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        open_streams: streams.OpenStreams,
+        limits: CallLimits,
+        *,
+        authenticator: Authenticator | None = None,
+        public_url: str = "",
+    ) -> None:
+        self._upstream = upstream
+        self._open_streams = open_streams
+        self._limits = limits
+        self._authenticator = authenticator
+        self._public_url = public_url
+
+    async def make(self, exchange: Exchange) -> None:
+        """Call the method of a request that was let in, and answer.
+
+        Raises:
+            TenfoldError: nothing was answered yet, and this is why it was refused.
+            ClientLeft: the client closed the connection.
+        """
+        method = exchange.call.method
+        if exchange.call.raw is not None:
+            await self._call_raw(exchange)
+        elif method.client_streaming:
+            raise Unimplemented("Client streams are not served over REST.")
+        elif method.server_streaming:
+            await self._call_stream(exchange)
+        else:
+            await self._call_unary(exchange)
+
+    async def _call_unary(self, exchange: Exchange) -> None:
+        route = exchange.call
+        streams.choose_media_type(exchange.header("accept"), _offers(route))
+        request = await self._request(exchange)
+        reply = await self._upstream.unary(route.method, request, _caller(exchange))
+        if reply.is_replayed and exchange.charge is not None:
+            charging.note_replay(exchange.charge)
+        content_type, body = JSON, b""
+        http_body = http_body_of(route, reply.message)
+        if http_body is None:
+            body = response_json(route, reply.message)
+        else:
+            content_type, body = http_body[0].encode("ascii", "replace"), http_body[1]
+        headers = [(b"content-type", content_type), (b"cache-control", _cache_control(route))]
+        if reply.is_replayed:
+            headers.append((b"idempotency-replayed", b"true"))
+        await exchange.respond(200, headers, body)
+
+    async def _call_stream(self, exchange: Exchange) -> None:
+        route = exchange.call
+        framing = streams.choose_framing(exchange.header("accept"))
+        request = await self._request(exchange)
+        cursor = exchange.header("last-event-id")
+        if cursor and streams.CURSOR_FIELD in descriptor_of(route.method.input).fields_by_name:
+            cast("AnyMessage", request).cursor = cursor
+        answer = streams.Answer(
+            exchange,
+            framing,
+            encode=lambda message: response_json(route, message),
+            problem=lambda error: (
+                problem_of(error, request_id=exchange.request_id, route=route).body
+            ),
+            heartbeat_s=self._limits.heartbeat_s,
+        )
+        with self._opened(exchange) as ended:
+            stream = self._upstream.stream(route.method, request, _caller(exchange))
+            await streams.relay(answer, stream, ended=ended)
+
+    async def _call_raw(self, exchange: Exchange) -> None:
+        route, limits = exchange.call, self._limits
+        assert route.raw is not None
+        body_bytes_max = route.raw.body_bytes_max or limits.body_bytes_max
+        _refuse_large(exchange, body_bytes_max)
+        extra = raw.raw_metadata(exchange, public_url=self._public_url)
+        with self._opened(exchange) as ended:
+            call = self._upstream.bidirectional(route.method, _caller(exchange, extra))
+            await raw.relay(
+                exchange,
+                call,
+                body_bytes_max=body_bytes_max,
+                body_idle_s=limits.body_timeout_s,
+                ended=ended,
+            )
+
+    @contextmanager
+    def _opened(self, exchange: Exchange) -> Iterator["asyncio.Future[TenfoldError]"]:
+        credential = exchange.principal.credential
+        with self._open_streams.opened(credential or address_block(exchange.address)) as ended:
+            # A log-out between the check of the credential and here found nothing to end.
+            if self._authenticator is not None:
+                self._authenticator.require_valid(exchange.principal)
+            yield ended
+
+    # Requests
+    async def _request(self, exchange: Exchange) -> Any:  # noqa: ANN401 - a message made at run time
+        route, limits = exchange.call, self._limits
+        body = await exchange.read_body(
+            bytes_max=limits.body_bytes_max, timeout_s=limits.body_timeout_s
+        )
+        content_type = exchange.header("content-type")
+        if body and not _takes_any_body(route):
+            _require_json(exchange, content_type)
+        message = request_message(
+            route, exchange.captures, exchange.query, body, content_type=content_type
+        )
+        self._set_request_id(exchange, message)
+        return message
+
+    def _set_request_id(self, exchange: Exchange, message: AnyMessage) -> None:
+        key = exchange.header("idempotency-key")
+        if len(key) > IDEMPOTENCY_KEY_CHARACTERS_MAX:
+            most = IDEMPOTENCY_KEY_CHARACTERS_MAX
+            raise InvalidRequest.of_field("Idempotency-Key", f"must be at most {most} characters")
+        if not exchange.call.takes_request_id:
+            return
+        if key:
+            set_request_id(message, key)
+        is_keyed = exchange.call.method.policy.idempotency is Idempotency.KEYED
+        if is_keyed and not message.request_id:
+            raise InvalidRequest.of_field(
+                "Idempotency-Key", "this header is needed: a key of your own for each new effect"
+            )
+
+
+def _caller(exchange: Exchange, extra: list[tuple[str, str]] | None = None) -> Caller:
+    timeout_s = exchange.remaining_s()
+    if timeout_s <= 0:
+        raise DeadlineExceeded("The time was spent before the call began.")
+    return Caller(
+        exchange.principal, timeout_s, exchange.request_id, exchange.traceparent, extra or ()
+    )
+
+
+def _offers(route: Route) -> list[str]:
+    is_json = descriptor_of(route.method.output).full_name != HTTP_BODY and not route.response_body
+    return ["application/json"] if is_json else ["application/json", "*/*"]
+
+
+def _takes_any_body(route: Route) -> bool:
+    request = descriptor_of(route.method.input)
+    has_field = route.body not in {"", "*"}
+    target = request.fields_by_name[route.body].message_type if has_field else request
+    return target is not None and target.full_name == HTTP_BODY
+
+
+def _require_json(exchange: Exchange, content_type: str) -> None:
+    media_type, _, parameters = content_type.partition(";")
+    if media_type.strip().lower() != "application/json":
+        raise UnsupportedMediaType("Send the body as application/json.")
+    if parameters and not _CHARSET.fullmatch(parameters):
+        raise UnsupportedMediaType("The only charset taken is utf-8.")
+    if exchange.header("content-encoding") not in {"", "identity"}:
+        raise UnsupportedMediaType("Compressed bodies are not taken.")
+
+
+def _refuse_large(exchange: Exchange, bytes_max: int) -> None:
+    if int(exchange.headers.get(b"content-length", b"0")) > bytes_max:
+        raise BodyTooLarge(f"The body is longer than {bytes_max} bytes.")
+
+
+def _cache_control(route: Route) -> bytes:
+    seconds = route.method.options.cache_max_age.seconds
+    if not seconds:
+        return b"no-store"
+    who = "public" if route.method.policy.access is Access.PUBLIC else "private"
+    return f"{who}, max-age={seconds}".encode()
