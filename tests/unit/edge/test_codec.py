@@ -163,7 +163,8 @@ def test_a_changed_document_is_read_as_the_reference_does_or_refused(codec, data
     except Wrong as wrong:
         assert wrong.description
         return
-    assert peer_parsed(codec, text) == message
+    if '"values": null' not in text:  # here the reference breaks: see the test of null below
+        assert peer_parsed(codec, text) == message
 
 
 # --- what is accepted
@@ -238,6 +239,8 @@ def test_null_is_a_value_only_where_it_is_one(codec):
     assert len(message.values) == 1
     assert message.WhichOneof("choice") == "choice_null"
     assert not read(codec, {"stringWrapper": None, "choiceText": None}).ByteSize()
+    # An unset repeated field, as for every other type; the reference fails with its own error.
+    assert not read(codec, {"values": None}).values
 
 
 def test_an_empty_message_is_present(codec):
