@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from edge.contracts import MethodInfo
 from edge.raw import RETRY_AFTER_S, STATUS_KEY
@@ -18,8 +18,10 @@ from shared.errors import Internal, TenfoldError, Unavailable
 from shared.identity import IDENTITY_METADATA_KEY, Principal
 from shared.rpc.context import REPLAYED_METADATA
 from shared.rpc.interceptors import REQUEST_ID_KEY
+from shared.rpc.unary import UnaryChannel
 
 TRACE_KEY = "traceparent"
+_REPLAYED_NAME, _REPLAYED_VALUE = (part.encode() for part in REPLAYED_METADATA)
 
 # A write that meets the end of its call makes grpc.aio report INTERNAL until the service's
 # own status is there, a moment later (grpc/aio/_call.py, _write).
@@ -39,6 +41,10 @@ class ChannelSource(Protocol):
 
     def channel(self, service: str) -> Any:  # noqa: ANN401 - as grpc's own multi-callables
         """The channel to whoever serves this service, by its full name."""
+        ...
+
+    def unary_channel(self, service: str) -> UnaryChannel:
+        """The same for unary calls alone."""
         ...
 
 
@@ -93,12 +99,18 @@ class Upstream:
         Raises:
             TenfoldError: what the service, or the way there, refused.
         """
-        call = self._start(method)(
-            request, timeout=caller.timeout_s, metadata=self._metadata(caller)
-        )
-        message = await call
-        name, value = REPLAYED_METADATA
-        return Reply(message, (await call.trailing_metadata()).get(name) == value)
+        channel = self._channels.unary_channel(method.service)
+        try:
+            answer = await channel.call(
+                method.full_name,
+                request.SerializeToString(),
+                metadata=self._metadata(caller),
+                timeout_s=caller.timeout_s,
+            )
+            message = method.output.FromString(answer.message)
+        except DecodeError as error:
+            raise Internal(f"{method.full_name} answered with another message") from error
+        return Reply(message, answer.trailing.get(_REPLAYED_NAME) == _REPLAYED_VALUE)
 
     def stream(self, method: MethodInfo, request: Message, caller: Caller) -> "UpstreamStream":
         """Start a server-streaming call; whoever starts it cancels it in the end."""
@@ -125,7 +137,6 @@ class Upstream:
         if start is None:
             channel = self._channels.channel(method.service)
             kinds = {
-                (False, False): channel.unary_unary,
                 (False, True): channel.unary_stream,
                 (True, True): channel.stream_stream,
             }

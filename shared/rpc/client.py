@@ -23,6 +23,7 @@ from shared.rpc.context import current_call
 from shared.rpc.interceptors import REQUEST_ID_KEY
 from shared.rpc.policy import Access, MethodPolicy, contract_policies
 from shared.rpc.status import STATUS_DETAILS_KEY, error_of
+from shared.rpc.unary import UnaryChannel
 
 # Below what the core queues without refusing (spec d.1: 2,000 at once lost 138).
 CALLS_AT_ONCE_MAX = 1000
@@ -106,7 +107,10 @@ class Channels:
         self._identity = identity
         self._policies = contract_policies() if policies is None else policies
         self._calls_max = calls_max
+        self._keepalive_s, self._ping_timeout_s = keepalive_s, ping_timeout_s
+        self._checks_health = checks_health
         self._channels: dict[str, Channel] = {}
+        self._unary_channels: dict[str, UnaryChannel] = {}
         self._options = [
             ("grpc.service_config", service_config(self._policies, checks_health=checks_health)),
             ("grpc.enable_retries", 1),
@@ -134,10 +138,28 @@ class Channels:
             self._channels[target] = channel
         return channel
 
+    def unary_channel(self, service: str) -> UnaryChannel:
+        """The way to a service, by its full name, for unary calls alone; cheaper than the other."""
+        target = self.upstreams.target_of(service)
+        channel = self._unary_channels.get(target)
+        if channel is None:
+            channel = self._unary_channels[target] = UnaryChannel(
+                target,
+                self._policies,
+                checks_health=self._checks_health,
+                keepalive_s=self._keepalive_s,
+                ping_timeout_s=self._ping_timeout_s,
+            )
+        return channel
+
     async def close(self) -> None:
         """Close every channel; calls that still run are cut after half a second."""
         channels, self._channels = list(self._channels.values()), {}
-        await asyncio.gather(*(channel.close(CLOSE_GRACE_S) for channel in channels))
+        unary_channels, self._unary_channels = list(self._unary_channels.values()), {}
+        await asyncio.gather(
+            *(channel.close(CLOSE_GRACE_S) for channel in channels),
+            *(channel.close() for channel in unary_channels),
+        )
 
 
 def service_config(policies: Mapping[str, MethodPolicy], *, checks_health: bool) -> str:
