@@ -13,8 +13,9 @@ from edge.calls import Calls
 from edge.charges import Charges
 from edge.cors import Cors, is_preflight
 from edge.deadlines import timeout_of
-from edge.exchange import Exchange, HeaderList, Receive, Scope, Send, address_block
+from edge.exchange import Exchange, address_block
 from edge.health import Readiness
+from edge.http1 import HeaderList, Http1Request
 from edge.problem import problem_of
 from edge.quota import Quota
 from edge.quota_store import LocalQuotaStore
@@ -94,7 +95,7 @@ class Parts:
 
 
 class EdgeApp:
-    """The ASGI application."""
+    """Answers requests."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -120,11 +121,9 @@ class EdgeApp:
             Unavailable("This edge is restarting; connect again.", retry_after_s=1)
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one ASGI call."""
-        if scope["type"] != "http":
-            raise ValueError(f"this app serves http, not {scope['type']}")
-        exchange = Exchange.of(scope, receive, send, trusted_hops=self._parts.trusted_hops)
+    async def serve(self, request: Http1Request) -> None:
+        """Answer one request."""
+        exchange = Exchange.of(request, trusted_hops=self._parts.trusted_hops)
         log.set_request_id(exchange.request_id)
         self._in_flight += 1
         try:
@@ -151,7 +150,8 @@ class EdgeApp:
             await self._refuse(exchange, Internal("unexpected"))
 
     async def _refuse(self, exchange: Exchange, error: TenfoldError) -> None:
-        if exchange.is_answered:  # too late to say so; the unfinished answer ends the connection
+        if exchange.is_answered:  # too late to say so; the client sees a broken answer
+            exchange.request.abort()
             _log.warning("answer broken off", reason=error.error_reason, detail=error.message)
             return
         if exchange.charge is not None:

@@ -302,7 +302,7 @@ def bearer_of(exchange: Exchange) -> str:
     Raises:
         HttpRefusal: it brings several, or something else than a bearer credential.
     """
-    values = [value for name, value in exchange.scope["headers"] if name == b"authorization"]
+    values = [value for name, value in exchange.request.headers if name == b"authorization"]
     if not values:
         return ""
     match = _BEARER.fullmatch(values[0].decode("latin-1"))

@@ -4,7 +4,8 @@ No credentials mode: the edge reads bearer credentials only, which a page must a
 so there is no cookie that another site could make a browser send.
 """
 
-from edge.exchange import Exchange, HeaderList
+from edge.exchange import Exchange
+from edge.http1 import HeaderList
 from edge.routes import Match, NoMatch, Route, RouteTable
 
 PREFLIGHT_MAX_AGE_S = 600

@@ -1,27 +1,20 @@
 """One HTTP request and its answer, as the steps of `edge.app` see them."""
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 from uuid import uuid4
 
 from edge.charges import Charge
+from edge.http1 import HeaderList, Http1Request
 from edge.refusals import BodyTooLarge, ClientLeft, HttpRefusal, RequestTimeout
 from edge.routes import Route
 from shared.identity import PUBLIC, Principal
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-HeaderList = list[tuple[bytes, bytes]]
-
-# A client that reads nothing for this long has left without saying so.
-WRITE_TIMEOUT_S = 30.0
 # After an early answer, what is still read of the body so that the client sees the answer
 # and not a reset (RFC 9112 §9.6).
 LINGER_BYTES_MAX = 16 * 1024 * 1024
@@ -29,11 +22,9 @@ LINGER_S = 2.0
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._~-]{1,128}")
 _TRACEPARENT = re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_SECURITY_HEADERS: HeaderList = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-frame-options", b"DENY"),
-]
+_SECURITY_HEADERS = (
+    b"x-content-type-options: nosniff\r\nreferrer-policy: no-referrer\r\nx-frame-options: DENY\r\n"
+)
 
 
 @dataclass
@@ -41,9 +32,7 @@ class Exchange:
     """One request, what the steps have learnt about it, and the way to answer.
 
     Attributes:
-        method: the HTTP method, upper case.
-        raw_path: the undecoded target without its query.
-        query: the undecoded query.
+        request: as it came, and the way to answer.
         headers: lower-case name -> value; where a name came twice, joined by a comma, so
             that a check of the value sees both.
         address: the client's address; behind proxies, what the last trusted one saw.
@@ -53,13 +42,11 @@ class Exchange:
         answer_headers: what the steps add to whatever is answered.
     """
 
-    scope: Scope
-    receive: Receive
-    send: Send
+    request: Http1Request
     address: str
     headers: dict[bytes, bytes]
+    request_id: str
     started_s: float = field(default_factory=time.monotonic)
-    request_id: str = ""
     traceparent: str = ""
     route: Route | None = None
     captures: dict[str, str] = field(default_factory=dict)
@@ -68,34 +55,49 @@ class Exchange:
     deadline_s: float = 0.0
     answer_headers: HeaderList = field(default_factory=list)
     status: int = 0
-    is_answered: bool = False
-    body_is_read: bool = False
+    _head: bytes = b""  # of an answer whose first part is not written yet
 
     @classmethod
-    def of(cls, scope: Scope, receive: Receive, send: Send, *, trusted_hops: int) -> "Exchange":
-        """The exchange of an ASGI call."""
-        headers: dict[bytes, bytes] = {}
-        for name, value in scope["headers"]:
-            headers[name] = headers[name] + b", " + value if name in headers else value
-        exchange = cls(scope, receive, send, _address(scope, headers, trusted_hops), headers)
-        exchange.request_id = _well_formed(_REQUEST_ID, headers.get(b"x-request-id")) or uuid4().hex
-        exchange.traceparent = _well_formed(_TRACEPARENT, headers.get(b"traceparent"))
+    def of(cls, request: Http1Request, *, trusted_hops: int) -> "Exchange":
+        """The exchange that answers a request."""
+        headers = dict(request.headers)
+        if len(headers) < len(request.headers):
+            headers = _joined(request.headers)
+        address = _address(request.address, headers, trusted_hops) if trusted_hops else None
+        exchange = cls(
+            request,
+            request.address if address is None else address,
+            headers,
+            _well_formed(_REQUEST_ID, headers.get(b"x-request-id")) or uuid4().hex,
+        )
+        if b"traceparent" in headers:
+            exchange.traceparent = _well_formed(_TRACEPARENT, headers[b"traceparent"])
         return exchange
 
     @property
     def method(self) -> str:
         """The HTTP method, upper case."""
-        return str(self.scope["method"])
+        return self.request.method
 
     @property
     def raw_path(self) -> bytes:
         """The undecoded target without its query."""
-        return bytes(self.scope["raw_path"])
+        return self.request.raw_path
 
     @property
     def query(self) -> bytes:
         """The undecoded query."""
-        return bytes(self.scope["query_string"])
+        return self.request.query
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether an answer has begun."""
+        return self.request.is_answered
+
+    @property
+    def body_is_read(self) -> bool:
+        """Whether nothing of the request's body is left to come."""
+        return self.request.body_is_read
 
     @property
     def call(self) -> Route:
@@ -128,6 +130,8 @@ class Exchange:
             ClientLeft: the client closed before it was whole.
         """
         chunks = BodyChunks(self, bytes_max=bytes_max, idle_s=timeout_s)
+        if self.body_is_read:
+            return b""
         body = bytearray()
         try:
             async with asyncio.timeout(timeout_s):
@@ -139,43 +143,55 @@ class Exchange:
 
     # The answer
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Send status and headers; the security headers and the request id are added."""
-        assert not self.is_answered
-        self.is_answered = True
-        self.status = status
-        named = [*headers, *self.answer_headers, *_SECURITY_HEADERS]
-        if self.charge is not None:
-            named += self.charge.headers()
-        named.append((b"x-request-id", self.request_id.encode("ascii")))
-        if not self.body_is_read and self.has_body:
-            named.append((b"connection", b"close"))
-        await self._send({"type": "http.response.start", "status": status, "headers": named})
+        """Begin an answer; the security headers and the request id are added.
+
+        The head goes out with the first part of the body.
+        """
+        self._head = self._begin(status, headers)
 
     async def write(self, chunk: bytes) -> None:
         """Send a part of the body; waits while the client is slow.
 
         Raises:
-            ClientLeft: the client read nothing for WRITE_TIMEOUT_S.
+            ClientLeft: the client is gone, or read nothing for a long while.
         """
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        head, self._head = self._head, b""
+        self.request.write(head, chunk, is_last=False)
+        await self.request.drained()
 
     async def finish(self) -> None:
         """End the answer; what is left of an unread body is read for a moment first."""
+        head, self._head = self._head, b""
         if not self.body_is_read and self.has_body:
+            self.request.write(head, b"", is_last=False)
+            head = b""
             await self._linger()
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        self.request.write(head, b"", is_last=True)
+        if not self.request.has_left:
+            await self.request.drained()
 
     async def respond(
         self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes = b""
     ) -> None:
         """Send a whole answer."""
         lengths = [] if status in (204, 304) else [(b"content-length", b"%d" % len(body))]
-        await self.start(status, [*headers, *lengths])
+        head = self._begin(status, [*headers, *lengths])
         if self.has_body and not self.body_is_read:
-            await self.write(body)
+            self.request.write(head, body, is_last=False)
             await self.finish()
         else:
-            await self._send({"type": "http.response.body", "body": body, "more_body": False})
+            self.request.write(head, body, is_last=True)
+
+    def _begin(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        assert not self.is_answered
+        self.status = status
+        named = [*headers, *self.answer_headers]
+        if self.charge is not None:
+            named += self.charge.headers()
+        named.append((b"x-request-id", self.request_id.encode("ascii")))
+        if not self.body_is_read and self.has_body:
+            self.request.keeps_alive = False
+        return self.request.begin(status, named, _SECURITY_HEADERS)
 
     @property
     def has_body(self) -> bool:
@@ -185,26 +201,14 @@ class Exchange:
 
     async def until_client_leaves(self) -> None:
         """Return when the connection is closed; only after the body is read."""
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
-
-    async def _send(self, message: Message) -> None:
-        try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await self.send(message)
-        except TimeoutError as error:
-            raise ClientLeft from error
+        await self.request.until_left()
 
     async def _linger(self) -> None:
         left_bytes = LINGER_BYTES_MAX
-        try:
+        with contextlib.suppress(TimeoutError, ClientLeft):
             async with asyncio.timeout(LINGER_S):
-                while left_bytes > 0 and not self.body_is_read:
-                    message = await self.receive()
-                    left_bytes -= len(message.get("body", b""))
-                    self.body_is_read = not message.get("more_body", False)
-        except TimeoutError:
-            return
+                while left_bytes > 0 and (chunk := await self.request.next_chunk()):
+                    left_bytes -= len(chunk)
 
 
 class BodyChunks:
@@ -235,23 +239,18 @@ class BodyChunks:
             RequestTimeout: nothing came for idle_s.
             ClientLeft: the client closed before the end.
         """
-        while not self._exchange.body_is_read:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientLeft
-            self._exchange.body_is_read = not message.get("more_body", False)
-            chunk = bytes(message.get("body", b""))
-            self._read_bytes += len(chunk)
-            if self._read_bytes > self._bytes_max:
-                raise self._too_large()
-            if chunk:
-                return chunk
-        return b""
+        if self._exchange.body_is_read:
+            return b""
+        chunk = await self._receive()
+        self._read_bytes += len(chunk)
+        if self._read_bytes > self._bytes_max:
+            raise self._too_large()
+        return chunk
 
-    async def _receive(self) -> Message:
+    async def _receive(self) -> bytes:
         try:
             async with asyncio.timeout(self._idle_s):
-                return await self._exchange.receive()
+                return await self._exchange.request.next_chunk()
         except TimeoutError as error:
             raise RequestTimeout(f"The body stopped for {self._idle_s:g} s.") from error
 
@@ -271,13 +270,17 @@ def address_block(address: str) -> str:
     return str(ipaddress.ip_network((parsed, prefix), strict=False))
 
 
-def _address(scope: Scope, headers: dict[bytes, bytes], trusted_hops: int) -> str:
-    """The peer, or what the farthest trusted proxy saw; the client's own claims are ignored."""
-    peer = scope["client"][0] if scope.get("client") else ""
-    if trusted_hops == 0:
-        return peer
+def _address(peer: str, headers: dict[bytes, bytes], trusted_hops: int) -> str:
+    """What the farthest trusted proxy saw; the client's own claims are ignored."""
     hops = headers.get(b"x-forwarded-for", b"").decode("latin-1").split(",")
     return hops[-trusted_hops].strip() if len(hops) >= trusted_hops and hops[0] else peer
+
+
+def _joined(pairs: HeaderList) -> dict[bytes, bytes]:
+    headers: dict[bytes, bytes] = {}
+    for name, value in pairs:
+        headers[name] = headers[name] + b", " + value if name in headers else value
+    return headers
 
 
 def _well_formed(pattern: re.Pattern[bytes], value: bytes | None) -> str:

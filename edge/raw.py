@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 from google.protobuf.message import Message
 
-from edge.exchange import BodyChunks, Exchange, HeaderList
+from edge.exchange import BodyChunks, Exchange
+from edge.http1 import HeaderList
 from edge.refusals import ClientLeft, HttpRefusal
 from edge.routes import Route
 from shared.errors import Internal, NotFound, TenfoldError, Unavailable
@@ -184,7 +185,7 @@ def _parts(chunk: bytes) -> Iterator[bytes]:
 
 
 def _url(exchange: Exchange, public_url: str) -> str:
-    base = public_url or f"{exchange.scope['scheme']}://{exchange.header('host')}"
+    base = public_url or f"http://{exchange.header('host')}"
     path = quote(exchange.raw_path, safe="/%:@!$&'()*+,;=-._~")
     query = quote(exchange.query, safe="/%:@!$&'()*+,;=-._~?")
     return f"{base}{path}?{query}" if query else f"{base}{path}"

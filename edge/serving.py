@@ -1,44 +1,22 @@
-"""The HTTP server: uvicorn with httptools, its life in our hands."""
+"""The listening socket, and the life of what is served on it."""
 
 import asyncio
-import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-
-import uvicorn
 
 from edge.app import EdgeApp
 from edge.config import EdgeConfig
-from edge.protocol import ConnectionLimits, protocol_class
+from edge.http1 import ConnectionLimits, Http1Request, Server
 
 # Connections that the kernel may hold until we take them.
 BACKLOG = 1024
-START_TIMEOUT_S = 5.0
-# After the drain uvicorn cancels what is left; then this for it to notice.
+# After the drain what is left is cancelled; then this for it to notice.
 STOP_MARGIN_S = 2.0
 
 
 class ListenError(Exception):
     """The address cannot be listened on; the message says why, in one sentence."""
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the process decides when to stop."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.has_started = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """See uvicorn.Server."""
-        await super().startup(sockets)
-        self.has_started.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
-        yield
 
 
 def bind(address: str, *, setting: str) -> socket.socket:
@@ -75,30 +53,54 @@ async def serving(app: EdgeApp, config: EdgeConfig, listener: socket.socket) -> 
     Leaving drains: no new connections, open streams end, requests in flight get
     config.drain_s.
     """
-    limits = ConnectionLimits(config.head_timeout_s, config.connections_per_address_max)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http=protocol_class(limits),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=round(config.keep_alive_s),
-            timeout_graceful_shutdown=max(1, round(config.drain_s)),
-        )
+    limits = ConnectionLimits(
+        config.head_timeout_s, config.keep_alive_s, config.connections_per_address_max
     )
+    requests = _Requests(app)
+    server = Server(requests.begin, limits)
+    loop = asyncio.get_running_loop()
+    acceptor = await loop.create_server(server.connection, sock=listener, backlog=BACKLOG)
     port: int = listener.getsockname()[1]
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(server.serve(sockets=[listener]))
+        sweeper = group.create_task(_sweep(server))
         try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                await server.has_started.wait()
             yield port
         finally:
             app.drain()
-            server.should_exit = True
-            await asyncio.wait({task}, timeout=config.drain_s + STOP_MARGIN_S)
+            acceptor.close()
+            server.stop()
+            await requests.finish(config.drain_s)
+            for connection in tuple(server.connections):
+                connection.close()
+            sweeper.cancel()
+
+
+class _Requests:
+    """The requests being answered, each in a task of its own."""
+
+    def __init__(self, app: EdgeApp) -> None:
+        self._app = app
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, request: Http1Request) -> None:
+        """See http1.Server."""
+        task = asyncio.create_task(self._app.serve(request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def finish(self, timeout_s: float) -> None:
+        """Let them end; what is left then is cancelled."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for task in self._tasks:
             task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_MARGIN_S)
+
+
+async def _sweep(server: Server) -> None:
+    limits = server.limits
+    pause_s = min(1.0, limits.head_timeout_s / 4, limits.keep_alive_s / 4)
+    while True:
+        await asyncio.sleep(pause_s)
+        server.sweep()

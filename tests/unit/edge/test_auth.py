@@ -1,11 +1,13 @@
 """Credentials without a network: edge/auth.py."""
 
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
 
 from edge.auth import ApiKeys, ResolvedKey, SigningKeys, authorize, bearer_of, has_valid_checksum
 from edge.exchange import Exchange
+from edge.http1 import Http1Request
 from edge.refusals import HttpRefusal
 from shared.errors import PermissionDenied, Unauthenticated, Unavailable
 from shared.identity import PUBLIC, AccessTokenVerifier, Principal, PrincipalKind, RevocationList
@@ -19,7 +21,8 @@ ADMIN = Principal(PrincipalKind.ADMIN, str(uuid4()), scopes=frozenset({"a"}), cr
 
 def exchange_with(*values: bytes) -> Exchange:
     headers = [(b"authorization", value) for value in values]
-    return Exchange({"headers": headers}, None, None, "", dict(headers))
+    request = Http1Request(SimpleNamespace(address=""), "GET", b"/", list(headers))
+    return Exchange.of(request, trusted_hops=0)
 
 
 def test_the_bearer_credential_is_read_whatever_the_case_of_its_scheme():

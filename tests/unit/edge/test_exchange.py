@@ -1,16 +1,22 @@
 """What is read off a request before anything is done: edge/exchange.py, streams, deadlines."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from edge.deadlines import timeout_of
 from edge.exchange import Exchange, address_block
+from edge.http1 import Http1Request
 from edge.refusals import HttpRefusal, NotAcceptable
 from edge.streams import Ndjson, Sse, choose_framing, choose_media_type
 
 
 def exchange_of(*headers: tuple[bytes, bytes], trusted_hops: int = 0) -> Exchange:
-    scope = {"headers": list(headers), "client": ("192.0.2.7", 4711)}
-    return Exchange.of(scope, None, None, trusted_hops=trusted_hops)
+    return Exchange.of(request_with(*headers), trusted_hops=trusted_hops)
+
+
+def request_with(*headers: tuple[bytes, bytes]) -> Http1Request:
+    return Http1Request(SimpleNamespace(address="192.0.2.7"), "GET", b"/", list(headers))
 
 
 @pytest.mark.parametrize(
