@@ -13,7 +13,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from edge.contracts import Contracts
 from edge.fields import descriptor_of, is_map, map_fields, message_type
 from edge.problem import CONTENT_TYPE
-from edge.query import is_text_leaf
+from edge.query import is_json_leaf, is_text_leaf
 from edge.routes import ANY_METHOD, Route, RouteTable
 from edge.schemas import Schema, Schemas, is_required
 from edge.template import DOUBLE_STAR, STAR, Template, Variable
@@ -191,6 +191,9 @@ class _Operation:
             schema = self.schemas.of_field(field)
             comment = schema.pop("description", "")
             parameter: Schema = {"name": name, "in": "query", "schema": schema}
+            if is_json_leaf(field):
+                content = {"application/json": {"schema": parameter.pop("schema")}}
+                parameter["content"] = content
             if is_required(field) and level == 1:
                 parameter["required"] = True
             yield _with_description(parameter, comment)

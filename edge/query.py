@@ -3,9 +3,9 @@
 http.proto: a parameter's name is the field path in the request message; fields are
 primitive, repeated primitive, or messages whose fields are parameters of their own.
 Beyond that text, well-known types that JSON writes as one string or number (times,
-masks, wrappers) are leaves, and a map of scalars is written labels[key]=value, as
-grpc-gateway does. Names may be JSON names or proto names; a field under two spellings
-is given twice.
+masks, wrappers) are leaves, and two things are as in grpc-gateway: Struct, Value and
+ListValue are JSON documents, and a map of scalars is written labels[key]=value. Names
+may be JSON names or proto names; a field under two spellings is given twice.
 """
 
 import re
@@ -19,7 +19,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from edge import well_known
 from edge.fields import AnyMessage, JsonValue, is_map, map_fields, message_type
-from edge.json_text import Wrong
+from edge.json_text import Wrong, parse_json
 from edge.scalars import decode_bool_text, map_key_decoder, scalar_decoder
 
 QUERY_PARAMETERS_MAX = 1000
@@ -33,6 +33,10 @@ TextDecode = Callable[[str], Any]
 _TEXT_LEAVES = {
     f"google.protobuf.{name}": well_known.CODECS[f"google.protobuf.{name}"][0]
     for name in ("Timestamp", "Duration", "FieldMask")
+}
+_JSON_LEAVES = {
+    f"google.protobuf.{name}": well_known.CODECS[f"google.protobuf.{name}"][0]
+    for name in ("Struct", "Value", "ListValue")
 }
 
 
@@ -138,7 +142,12 @@ def is_text_leaf(field: FieldDescriptor) -> bool:
     if field.message_type is None:
         return True
     name = field.message_type.full_name
-    return name in _TEXT_LEAVES or name in well_known.WRAPPERS
+    return name in _TEXT_LEAVES or name in well_known.WRAPPERS or is_json_leaf(field)
+
+
+def is_json_leaf(field: FieldDescriptor) -> bool:
+    """Whether that text is a JSON document."""
+    return field.message_type is not None and field.message_type.full_name in _JSON_LEAVES
 
 
 def _check_leaf(leaf: Leaf) -> None:
@@ -179,7 +188,9 @@ def set_leaf(message: AnyMessage, leaf: Leaf, texts: list[str]) -> None:
         else:
             _set_single(target, field, _only(texts))
     except Wrong as wrong:
-        raise Wrong.of_field(leaf.json_path, wrong.description) from None
+        inside = wrong.field  # of a JSON document
+        dot = "." if inside and not inside.startswith("[") else ""
+        raise Wrong.of_field(f"{leaf.json_path}{dot}{inside}", wrong.description) from None
 
 
 def _only(texts: list[str]) -> str:
@@ -203,9 +214,11 @@ def _append(values: AnyMessage, field: FieldDescriptor, text: str) -> None:
 
 
 def _fill(inner: AnyMessage, field: FieldDescriptor, text: str) -> None:
-    into = _TEXT_LEAVES.get(message_type(field).full_name)
-    if into is not None:
-        into(inner, text)
+    name = message_type(field).full_name
+    if name in _TEXT_LEAVES:
+        _TEXT_LEAVES[name](inner, text)
+    elif name in _JSON_LEAVES:
+        _JSON_LEAVES[name](inner, parse_json(text.encode()))
     else:
         inner.value = text_decoder(message_type(field).fields_by_name["value"])(text)
         inner.SetInParent()
@@ -213,8 +226,10 @@ def _fill(inner: AnyMessage, field: FieldDescriptor, text: str) -> None:
 
 def _set_map_entry(target: AnyMessage, field: FieldDescriptor, key: str, text: str) -> None:
     key_field, value_field = map_fields(field)
-    map_key = map_key_decoder(key_field)(key)
-    getattr(target, field.name)[map_key] = text_decoder(value_field)(text)
+    map_key, entries = map_key_decoder(key_field)(key), getattr(target, field.name)
+    if map_key in entries:  # "0" and "-0"
+        raise Wrong("is given twice")
+    entries[map_key] = text_decoder(value_field)(text)
 
 
 def _check_oneof(target: AnyMessage, field: FieldDescriptor) -> None:

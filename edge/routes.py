@@ -133,14 +133,17 @@ class RouteTable:
         path = raw_path.encode() if isinstance(raw_path, str) else raw_path
         if len(path) > PATH_BYTES_MAX or not path.startswith(b"/"):
             return NoMatch()
-        raw = path[1:].split(b"/")
+        # "/" has no segment at all: "**", which matches zero of them, may stand for it.
+        raw = path[1:].split(b"/") if len(path) > 1 else []
         if b"%" in path and _BROKEN_ESCAPE.search(path):
             raise InvalidRequest("The path is not percent-encoded (RFC 3986, section 2.1).")
         decoded = [unquote_to_bytes(s) for s in raw] if b"%" in path else raw
         # RFC 3986 6.2.2.3: a client removes dot segments before it sends; "%2e" is no disguise.
         if any(segment in _DOT_SEGMENTS for segment in decoded):
             return NoMatch()
-        last, colon, verb = raw[-1].rpartition(b":")
+        last, colon, verb = raw[-1].rpartition(b":") if raw else (b"", b"", b"")
+        if colon and b"%" in verb:
+            verb = unquote_to_bytes(verb)
         if colon and verb in self._verbs:
             stem = [*decoded[:-1], unquote_to_bytes(last)]
             found = self._look_up(http_method, [*raw[:-1], last], stem, verb)

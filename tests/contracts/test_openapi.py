@@ -181,13 +181,19 @@ def test_any_contract_set_can_be_described(everything_document):
     assert {"text", "inner.bigNumber", "labels", "time", "stringWrapper"} <= set(names)
 
 
+def test_a_parameter_that_is_json_says_so(everything_document):
+    listed = everything_document["paths"]["/v1/things/{text}"]["get"]["parameters"]
+    [struct] = [p for p in listed if p.get("name") == "struct"]
+    assert struct["content"].keys() == {"application/json"}
+    assert "schema" not in struct
+
+
 @pytest.fixture(scope="module")
 def everything_document(tmp_path_factory):
     from edge.contracts import Contracts
-    from tests.unit.edge.conftest import HERE, compile_protos
+    from tests.protos import compile_protos
+    from tests.unit.edge.conftest import HERE
 
-    folder = tmp_path_factory.mktemp("protos")
-    (folder / "everything.proto").write_text((HERE / "everything.proto").read_text())
-    contracts = Contracts(compile_protos(folder, "everything.proto"))
+    contracts = Contracts(compile_protos(HERE, tmp_path_factory.mktemp("protos")))
     table = RouteTable.of_contracts(contracts)
     return openapi_document(table, contracts, title="Everything", version="1")

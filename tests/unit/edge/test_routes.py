@@ -96,6 +96,18 @@ def test_a_path_with_a_declared_verb_is_never_read_without_it(everything_table):
     assert called(everything_table, "GET", "/v1/things/x:check") == ("POST",)
 
 
+def test_a_verb_is_matched_decoded_as_every_literal_is(everything_table):
+    assert called(everything_table, "POST", "/v1/things/x:ch%65ck") == ("Check", {"text": "x"})
+    assert called(everything_table, "GET", "/v1/things/x%3Acheck") == ("Get", {"text": "x:check"})
+
+
+def test_two_stars_match_the_root_which_has_no_segment(table_of):
+    table = table_of('get: "/{a=**}"')
+    assert called(table, "GET", "/") == ("M0", {"a": ""})
+    assert called(table, "GET", "/a/b") == ("M0", {"a": "a/b"})
+    assert called(table, "GET", "//") == ()
+
+
 @pytest.mark.parametrize(
     "rules",
     [

@@ -80,6 +80,13 @@ def test_nested_and_well_known_parameters_fill_messages(call):
     assert message.string_wrappers[0].value == "p"
 
 
+def test_free_form_parameters_are_json_documents(call):
+    message = call("GET", "/v1/things/x?struct=%7B%22a%22:1%7D&value=null&list=%5Btrue%5D")
+    assert message.struct["a"] == 1
+    assert message.value.WhichOneof("kind") == "null_value"
+    assert message.list[0] is True
+
+
 @pytest.mark.parametrize(
     ("query", "field"),
     [
@@ -89,13 +96,16 @@ def test_nested_and_well_known_parameters_fill_messages(call):
         ("inner=x", "inner"),
         ("inners=x", "inners"),
         ("inners.text=x", "inners.text"),
-        ("struct=%7B%7D", "struct"),
-        ("value=1", "value"),
+        ("struct=%7B", "struct"),
+        ("struct=%7B%22a%22:%5B%22%5Cu0000%22%5D%7D", "struct.a[0]"),
+        ("list=%5B%22%5Cu0000%22%5D", "list[0]"),
+        ("value=x", "value"),
         ("any=x", "any"),
         ("time.seconds=1", "time.seconds"),
         ("labels=x", "labels"),
         ("labels[a=x", "labels[a"),
         ("labels[a]=x&labels[a]=y", "labels[a]"),
+        ("countByFlag[true]=1&countByFlag[true]=2", "countByFlag[true]"),
         ("texts[0]=x", "texts[0]"),
         ("innerByNumber[1]=x", "innerByNumber[1]"),
         ("countByFlag[yes]=1", "countByFlag[yes]"),
