@@ -11,8 +11,10 @@ from edge import charges as charging
 from edge.auth import Authenticator, authorize
 from edge.calls import Calls
 from edge.charges import Charges
+from edge.connect import refusal_of
+from edge.connect_calls import ConnectCalls
 from edge.cors import Cors, is_preflight
-from edge.deadlines import timeout_of
+from edge.deadlines import connect_timeout_of, timeout_of
 from edge.exchange import Exchange, address_block
 from edge.health import Readiness
 from edge.http1 import HeaderList, Http1Request
@@ -40,6 +42,10 @@ CLIENT_LEFT_STATUS = 499
 OVERLOADED_RETRY_AFTER_S = 0.5
 
 _log = log.get_logger("edge")
+
+# The header with the client's deadline, and what reads it.
+_TIMEOUT = ("grpc-timeout", timeout_of)
+_CONNECT_TIMEOUT = ("connect-timeout-ms", connect_timeout_of)
 
 Step = Callable[[Exchange], Awaitable[None]]
 
@@ -76,6 +82,8 @@ class Parts:
 
     Attributes:
         routes: which method answers what.
+        calls: makes those of REST.
+        connect_calls: makes those in the Connect protocol.
         authenticator: None where the upstream knows no identities.
         documents: by path: the OpenAPI document, the reference and its files.
         trusted_hops: how many proxies in front append to X-Forwarded-For.
@@ -83,6 +91,7 @@ class Parts:
 
     routes: RouteTable
     calls: Calls
+    connect_calls: ConnectCalls
     charges: Charges
     addresses: LocalQuotaStore
     limits: Limits
@@ -156,12 +165,17 @@ class EdgeApp:
             return
         if exchange.charge is not None:
             charging.note_error(exchange.charge, error)
-        problem = problem_of(error, request_id=exchange.request_id, route=exchange.route)
-        headers = [(k.encode(), v.encode("latin-1")) for k, v in problem.headers.items()]
+        route = exchange.route
+        told = (
+            refusal_of(error, exchange)
+            if route is not None and route.is_connect
+            else problem_of(error, request_id=exchange.request_id, route=route)
+        )
+        headers = [(k.encode(), v.encode("latin-1")) for k, v in told.headers.items()]
         headers.append((b"cache-control", b"no-store"))
         try:
             exchange.answer_headers = self._parts.cors.answer_headers(exchange)
-            await exchange.respond(problem.status, headers, problem.body)
+            await exchange.respond(told.status, headers, told.body)
         except ClientLeft:
             exchange.status = CLIENT_LEFT_STATUS
 
@@ -236,9 +250,11 @@ class EdgeApp:
 
     async def _bound_time(self, exchange: Exchange) -> None:
         """The deadline runs from the first byte of the request."""
-        policy = exchange.call.method.policy
-        timeout_s = timeout_of(
-            exchange.header("grpc-timeout"),
+        route = exchange.call
+        policy = route.method.policy
+        name, read = _CONNECT_TIMEOUT if route.is_connect else _TIMEOUT
+        timeout_s = read(
+            exchange.header(name),
             default_s=policy.deadline_default_s,
             max_s=policy.deadline_max_s,
         )
@@ -261,7 +277,9 @@ class EdgeApp:
             raise charging.refuse(charge)
 
     async def _call(self, exchange: Exchange) -> None:
-        await self._parts.calls.make(exchange)
+        parts = self._parts
+        calls = parts.connect_calls if exchange.call.is_connect else parts.calls
+        await calls.make(exchange)
 
 
 def _text(cache_control: bytes) -> HeaderList:

@@ -96,7 +96,7 @@ class Calls:
         route = exchange.call
         streams.choose_media_type(exchange.header("accept"), _offers(route))
         request = await self._request(exchange)
-        reply = await self._upstream.unary(route.method, request, _caller(exchange))
+        reply = await self._upstream.unary(route.method, request, caller_of(exchange))
         if reply.is_replayed and exchange.charge is not None:
             charging.note_replay(exchange.charge)
         content_type, body = JSON, b""
@@ -105,7 +105,7 @@ class Calls:
             body = response_json(route, reply.message)
         else:
             content_type, body = http_body[0].encode("ascii", "replace"), http_body[1]
-        headers = [(b"content-type", content_type), (b"cache-control", _cache_control(route))]
+        headers = [(b"content-type", content_type), (b"cache-control", cache_control(route))]
         if reply.is_replayed:
             headers.append((b"idempotency-replayed", b"true"))
         await exchange.respond(200, headers, body)
@@ -126,8 +126,8 @@ class Calls:
             ),
             heartbeat_s=self._limits.heartbeat_s,
         )
-        with self._opened(exchange) as ended:
-            stream = self._upstream.stream(route.method, request, _caller(exchange))
+        with self.opened(exchange) as ended:
+            stream = self._upstream.stream(route.method, request, caller_of(exchange))
             await streams.relay(answer, stream, ended=ended)
 
     async def _call_raw(self, exchange: Exchange) -> None:
@@ -136,8 +136,8 @@ class Calls:
         body_bytes_max = route.raw.body_bytes_max or limits.body_bytes_max
         _refuse_large(exchange, body_bytes_max)
         extra = raw.raw_metadata(exchange, public_url=self._public_url)
-        with self._opened(exchange) as ended:
-            call = self._upstream.bidirectional(route.method, _caller(exchange, extra))
+        with self.opened(exchange) as ended:
+            call = self._upstream.bidirectional(route.method, caller_of(exchange, extra))
             await raw.relay(
                 exchange,
                 call,
@@ -147,7 +147,8 @@ class Calls:
             )
 
     @contextmanager
-    def _opened(self, exchange: Exchange) -> Iterator["asyncio.Future[TenfoldError]"]:
+    def opened(self, exchange: Exchange) -> Iterator["asyncio.Future[TenfoldError]"]:
+        """See OpenStreams.opened; a credential that has been revoked opens nothing."""
         credential = exchange.principal.credential
         with self._open_streams.opened(credential or address_block(exchange.address)) as ended:
             # A log-out between the check of the credential and here found nothing to end.
@@ -167,26 +168,38 @@ class Calls:
         message = request_message(
             route, exchange.captures, exchange.query, body, content_type=content_type
         )
-        self._set_request_id(exchange, message)
+        fill_request_id(exchange, message)
         return message
 
-    def _set_request_id(self, exchange: Exchange, message: AnyMessage) -> None:
-        key = exchange.header("idempotency-key")
-        if len(key) > IDEMPOTENCY_KEY_CHARACTERS_MAX:
-            most = IDEMPOTENCY_KEY_CHARACTERS_MAX
-            raise InvalidRequest.of_field("Idempotency-Key", f"must be at most {most} characters")
-        if not exchange.call.takes_request_id:
-            return
-        if key:
-            set_request_id(message, key)
-        is_keyed = exchange.call.method.policy.idempotency is Idempotency.KEYED
-        if is_keyed and not message.request_id:
-            raise InvalidRequest.of_field(
-                "Idempotency-Key", "this header is needed: a key of your own for each new effect"
-            )
+
+def fill_request_id(exchange: Exchange, message: AnyMessage) -> None:
+    """Put the Idempotency-Key header into the request.
+
+    Raises:
+        InvalidRequest: the header is too long, or differs from the request's own; or there is
+            neither, and the contract needs one.
+    """
+    key = exchange.header("idempotency-key")
+    if len(key) > IDEMPOTENCY_KEY_CHARACTERS_MAX:
+        most = IDEMPOTENCY_KEY_CHARACTERS_MAX
+        raise InvalidRequest.of_field("Idempotency-Key", f"must be at most {most} characters")
+    if not exchange.call.takes_request_id:
+        return
+    if key:
+        set_request_id(message, key)
+    is_keyed = exchange.call.method.policy.idempotency is Idempotency.KEYED
+    if is_keyed and not message.request_id:
+        raise InvalidRequest.of_field(
+            "Idempotency-Key", "this header is needed: a key of your own for each new effect"
+        )
 
 
-def _caller(exchange: Exchange, extra: list[tuple[str, str]] | None = None) -> Caller:
+def caller_of(exchange: Exchange, extra: list[tuple[str, str]] | None = None) -> Caller:
+    """What travels beside the message.
+
+    Raises:
+        DeadlineExceeded: nothing is left of the time.
+    """
     timeout_s = exchange.remaining_s()
     if timeout_s <= 0:
         raise DeadlineExceeded("The time was spent before the call began.")
@@ -222,7 +235,8 @@ def _refuse_large(exchange: Exchange, bytes_max: int) -> None:
         raise BodyTooLarge(f"The body is longer than {bytes_max} bytes.")
 
 
-def _cache_control(route: Route) -> bytes:
+def cache_control(route: Route) -> bytes:
+    """For how long, and by whom, an answer of this route may be reused."""
     seconds = route.method.options.cache_max_age.seconds
     if not seconds:
         return b"no-store"

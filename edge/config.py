@@ -27,6 +27,10 @@ class EdgeConfig:
     cors_origins: str = field(
         default="", metadata={"help": "origins of web pages that may call, comma-separated"}
     )
+    connect: bool = field(
+        default=True,
+        metadata={"help": "whether RPC paths are answered, in the Connect protocol"},
+    )
     body_bytes_max: int = field(
         default=1024 * 1024, metadata={"help": "largest JSON body", "unit": "bytes", "min": 1}
     )

@@ -17,13 +17,14 @@ from google.protobuf.descriptor_pb2 import (
     EnumDescriptorProto,
     FileDescriptorProto,
     FileDescriptorSet,
+    MethodOptions,
 )
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from tenfold.options.v1 import policy_pb2
 
-from shared.rpc.policy import Access, MethodPolicy, contracts, load_policies
+from shared.rpc.policy import Access, Idempotency, MethodPolicy, contracts, load_policies
 
 # Field numbers of descriptor.proto, by which SourceCodeInfo names what it comments on.
 _FILE_MESSAGES, _FILE_ENUMS, _FILE_SERVICES = 4, 5, 6
@@ -49,6 +50,8 @@ class MethodInfo:
         options: the same options as written, with what only the edge needs: quota,
             cache_max_age, raw bindings.
         rule: its google.api.http rule, or None.
+        has_side_effects: False if the contract says that it changes nothing: by our idempotency
+            SAFE, or by protobuf's own idempotency_level.
     """
 
     full_name: str
@@ -59,6 +62,7 @@ class MethodInfo:
     policy: MethodPolicy
     options: policy_pb2.MethodPolicy
     rule: http_pb2.HttpRule | None
+    has_side_effects: bool = True
 
     @property
     def service(self) -> str:
@@ -122,6 +126,10 @@ class Contracts:
                         policy=policies[full_name],
                         options=options.Extensions[policy_pb2.method],
                         rule=options.Extensions[annotations_pb2.http] if has_rule else None,
+                        has_side_effects=(
+                            policies[full_name].idempotency is not Idempotency.SAFE
+                            and options.idempotency_level != MethodOptions.NO_SIDE_EFFECTS
+                        ),
                     )
 
     def comment(self, full_name: str) -> str:

@@ -18,6 +18,14 @@ ALLOWED_HEADERS = (
     "traceparent",
     "x-request-id",
 )
+# Beside those, what a Connect client sends.
+CONNECT_HEADERS = (
+    "connect-accept-encoding",
+    "connect-content-encoding",
+    "connect-protocol-version",
+    "connect-timeout-ms",
+    "content-encoding",
+)
 EXPOSED_HEADERS = (
     "idempotency-replayed",
     "ratelimit",
@@ -63,6 +71,8 @@ class Cors:
             return None
         assert isinstance(found, Match)
         allowed = [*ALLOWED_HEADERS, *_raw_headers(found.route, is_request=True)]
+        if found.route.is_connect:
+            allowed += CONNECT_HEADERS
         return [
             (b"vary", b"origin"),
             (b"access-control-allow-origin", origin),

@@ -81,7 +81,6 @@ def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = No
         route: gives the fields of violations their JSON names and pointers; None before routing.
     """
     status = status_of(error)
-    own_headers = error.headers if isinstance(error, HttpRefusal) else {}
     detail = INTERNAL_DETAIL if isinstance(error, errors.Internal) else error.message
     document = _document(status, code_of(error).name, error.error_reason, detail, request_id)
     if error.metadata and not isinstance(error, errors.Internal):
@@ -92,13 +91,18 @@ def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = No
         prefix = f"{error.violations[0].field}: "
         if detail.startswith(prefix):  # InvalidRequest.of_field: say it in JSON names too
             document["detail"] = f"{told[0]['field']}: {detail.removeprefix(prefix)}"
-    headers = {"content-type": CONTENT_TYPE} | own_headers
+    return Problem(status, document, {"content-type": CONTENT_TYPE} | headers_of(error))
+
+
+def headers_of(error: TenfoldError) -> dict[str, str]:
+    """The headers that go with an error, in lower case, beside those of its document."""
+    headers = dict(error.headers) if isinstance(error, HttpRefusal) else {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(max(0, math.ceil(error.retry_after_s)))
-    if status == HTTPStatus.UNAUTHORIZED:
+    if isinstance(error, errors.Unauthenticated):
         # RFC 9110, section 11.6.1. Never the message: peers copied it here and leaked it.
         headers["www-authenticate"] = "Bearer"
-    return Problem(status, document, headers)
+    return headers
 
 
 def status_of(error: TenfoldError) -> HTTPStatus:

@@ -20,6 +20,7 @@ from edge.contracts import ContractError, Contracts, MethodInfo
 from edge.fields import descriptor_of
 from edge.template import DOUBLE_STAR, STAR, Template, TemplateError
 from shared.errors import InvalidRequest
+from shared.rpc.policy import Access
 
 # Longer targets are refused by the server with 414; here they simply match nothing.
 PATH_BYTES_MAX = 8192
@@ -41,6 +42,7 @@ class Route:
             no body.
         response_body: the answer field that is sent; "" for the whole message.
         raw: set for a raw binding, whose variables are metadata and not request fields.
+        is_connect: whether it is answered in the Connect protocol, at the method's RPC path.
     """
 
     http_method: str
@@ -49,6 +51,7 @@ class Route:
     body: str = ""
     response_body: str = ""
     raw: RawBinding | None = None
+    is_connect: bool = False
 
     def __str__(self) -> str:
         """The binding and its method, for error texts."""
@@ -89,22 +92,34 @@ class RouteTable:
     """All routes of the contracts.
 
     Args:
-        routes: what it answers; bindings are not checked against their messages here.
+        routes: what REST answers; bindings are not checked against their messages here.
+        connect_routes: what is answered in the Connect protocol.
 
     Raises:
         ContractError: two routes match the same requests; both are named.
     """
 
-    def __init__(self, routes: Iterable[Route]) -> None:
+    def __init__(self, routes: Iterable[Route], connect_routes: Iterable[Route] = ()) -> None:
         self._root = _Node()
         self._verbs: set[bytes] = set()
         self.routes = tuple(routes)
+        self.connect_routes = tuple(connect_routes)
         for route in self.routes:
+            self._insert(route)
+        for route in self.connect_routes:
+            self._refuse_shadow(route)
+        for route in self.connect_routes:
             self._insert(route)
 
     @classmethod
-    def of_contracts(cls, contracts: Contracts | FileDescriptorSet) -> "RouteTable":
-        """Read every http rule and raw binding that REST may reach.
+    def of_contracts(
+        cls, contracts: Contracts | FileDescriptorSet, *, serves_connect: bool = True
+    ) -> "RouteTable":
+        """Read every http rule and raw binding that REST may reach, and every RPC path.
+
+        Args:
+            contracts: what is served.
+            serves_connect: whether RPC paths are answered, in the Connect protocol.
 
         Raises:
             ContractError: a template, a variable or a body does not fit its message, or two
@@ -112,8 +127,18 @@ class RouteTable:
         """
         if isinstance(contracts, FileDescriptorSet):
             contracts = Contracts(contracts)
-        reachable = (method for method in contracts.methods() if method.is_reachable)
-        return cls(route for method in reachable for route in _routes_of(method))
+        reachable = [method for method in contracts.methods() if method.is_reachable]
+        return cls(
+            (route for method in reachable for route in _routes_of(method)),
+            (route for method in reachable for route in _connect_routes_of(method))
+            if serves_connect
+            else (),
+        )
+
+    @property
+    def all_routes(self) -> tuple[Route, ...]:
+        """Those of REST, then those of Connect."""
+        return self.routes + self.connect_routes
 
     def match(self, http_method: str, raw_path: bytes | str) -> Match | NoMatch:
         """Find the route of a request.
@@ -166,6 +191,17 @@ class RouteTable:
                 return Match(route, _captures(route, raw))
             allowed += by_method
         return NoMatch(tuple(sorted(set(allowed))))
+
+    def _refuse_shadow(self, route: Route) -> None:
+        """Refuse an RPC path that some path of REST matches, however loosely.
+
+        By precedence the RPC path would win, and take requests from a method that says it
+        answers them.
+        """
+        found = self.match(route.http_method, route.template.text)
+        if isinstance(found, Match):
+            remedy = "TENFOLD_EDGE_CONNECT=false serves REST alone"
+            raise ContractError(f"these routes conflict: {found.route} and {route}; {remedy}")
 
     def _insert(self, route: Route) -> None:
         node = self._root
@@ -242,6 +278,22 @@ def _routes_of(method: MethodInfo) -> Iterator[Route]:
         if extra.additional_bindings:
             raise ContractError(f"{method.full_name}: additional_bindings must not be nested")
         yield _route_of_rule(extra, method)
+
+
+def _connect_routes_of(method: MethodInfo) -> Iterator[Route]:
+    """The RPC path: by POST, and by GET if the method is unary and changes nothing.
+
+    A method needs no http rule for this if it has a policy of ours: that says who may call.
+    Of a stranger's contract, only what is meant for HTTP is served.
+    """
+    is_meant = method.rule is not None or bool(method.options.raw)
+    if not is_meant and method.policy.access is Access.NOBODY:
+        return
+    template = _template(method.full_name, method)
+    yield Route("POST", template, method, is_connect=True)
+    is_unary = not (method.client_streaming or method.server_streaming)
+    if is_unary and not method.has_side_effects:
+        yield Route("GET", template, method, is_connect=True)
 
 
 def _route_of_rule(rule: http_pb2.HttpRule, method: MethodInfo) -> Route:

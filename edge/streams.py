@@ -57,11 +57,11 @@ class Framing(Protocol):
         ...
 
     def message(self, cursor: str, document: bytes) -> bytes:
-        """One message; document is JSON on one line."""
+        """One message; document is what the answer's `encode` made of it."""
         ...
 
     def heartbeat(self) -> bytes:
-        """What shows that the connection lives."""
+        """What shows that the connection lives; b"" where nothing can."""
         ...
 
     def error(self, problem: bytes) -> bytes:
@@ -174,9 +174,7 @@ class Answer:
     async def open(self) -> None:
         """Send status, headers and what comes first."""
         await self.exchange.start(200, _stream_headers(self.framing))
-        opening = self.framing.opening()
-        if opening:
-            await self.exchange.write(opening)
+        await self.exchange.write(self.framing.opening())
 
     async def send(self, message: "Message | _Silence") -> None:
         """Send one message, or that there is none yet."""

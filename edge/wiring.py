@@ -17,6 +17,7 @@ from edge.auth_client import EndingRevocations, RpcAuthClient
 from edge.calls import CallLimits, Calls
 from edge.charges import Charges, prices_of
 from edge.config import EdgeConfig
+from edge.connect_calls import ConnectCalls
 from edge.contracts import ContractError, Contracts, load_contracts
 from edge.cors import Cors
 from edge.docs import docs_files
@@ -68,10 +69,10 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
         ContractError: the contracts cannot be served.
     """
     contracts = _contracts(config)
-    routes = RouteTable.of_contracts(contracts)
-    for route in routes.routes:
+    routes = RouteTable.of_contracts(contracts, serves_connect=config.connect)
+    for route in routes.all_routes:
         plan_of(route)  # compiled now, so that no request pays
-    prices = prices_of(routes.routes, config.quotas())
+    prices = prices_of(routes.all_routes, config.quotas())
     open_streams = OpenStreams(config.streams_per_caller_max)
     methods = tuple(contracts.methods())
     async with AsyncExitStack() as stack:
@@ -86,16 +87,19 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
         authenticator = None
         if around.signer is not None:
             authenticator = await _authenticator(stack, config, around, channels, open_streams)
+        upstream, limits = Upstream(channels, around.signer), _call_limits(config)
+        calls = Calls(
+            upstream,
+            open_streams,
+            limits,
+            authenticator=authenticator,
+            public_url=config.public_url.rstrip("/"),
+        )
         yield EdgeApp(
             Parts(
                 routes=routes,
-                calls=Calls(
-                    Upstream(channels, around.signer),
-                    open_streams,
-                    _call_limits(config),
-                    authenticator=authenticator,
-                    public_url=config.public_url.rstrip("/"),
-                ),
+                calls=calls,
+                connect_calls=ConnectCalls(upstream, calls, limits),
                 charges=Charges(store, prices),
                 addresses=LocalQuotaStore(around.clock),
                 limits=Limits(config.requests_max, config.address_quota()),

@@ -6,6 +6,7 @@ from pathlib import Path
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from grpc_tools import protoc
 
+ROOT = Path(__file__).parents[1]
 SITE_PACKAGES = sysconfig.get_paths()["purelib"]
 
 
@@ -17,7 +18,8 @@ def compile_protos(source: Path, folder: Path) -> FileDescriptorSet:
         folder: where the compiler may write.
     """
     image = folder / "protos.binpb"
-    arguments = [f"-I{source}", f"-I{SITE_PACKAGES}", f"-I{SITE_PACKAGES}/grpc_tools/_proto"]
+    imported = (ROOT / "proto", SITE_PACKAGES, f"{SITE_PACKAGES}/grpc_tools/_proto")
+    arguments = [f"-I{path}" for path in (source, *imported)]
     arguments += [f"--descriptor_set_out={image}", "--include_imports", "--include_source_info"]
     names = sorted(path.name for path in source.glob("*.proto"))
     assert protoc.main(["protoc", *arguments, *names]) == 0

@@ -52,6 +52,8 @@ class Ledger(ledger_service_pb2_grpc.LedgerServiceServicer):
             await asyncio.sleep(30)
         if request.name.endswith("bug"):
             raise RuntimeError("secret of the house")
+        if request.name.endswith("large"):
+            return ledger_pb2.Account(name=request.name, owner="x" * 20_000)
         if request.name != KNOWN:
             raise NotFound("There is no such account.")
         return ledger_pb2.Account(

@@ -23,13 +23,14 @@ def everything_table(everything_contracts):
 def table_of(tmp_path):
     """Makes a route table of rules for methods M0, M1, ... of one service."""
 
-    def make(*rules):
-        methods = "".join(
+    def make(*rules, more=""):
+        methods = more + "".join(
             f"rpc M{i}(Q) returns (Q) {{ option (google.api.http) = {{{rule}}}; }}\n"
             for i, rule in enumerate(rules)
         )
         (tmp_path / "t.proto").write_text(
             'syntax = "proto3"; package t; import "google/api/annotations.proto";\n'
+            'import "tenfold/options/v1/policy.proto";\n'
             "message Q { string a = 1; string b = 2; Q q = 3; repeated string r = 4;"
             " map<string, string> m = 5; }\n"
             f"service S {{ {methods} }}"

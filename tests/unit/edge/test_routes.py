@@ -256,3 +256,59 @@ def test_the_tree_answers_as_a_search_through_all_templates_does(bindings, path)
     else:
         answer = found.allowed_methods
     assert answer == by_brute_force(bindings, "GET", path)
+
+
+SAFE = "option (tenfold.options.v1.method) = {access: ACCESS_USER idempotency: IDEMPOTENCY_SAFE};"
+FREE = "option idempotency_level = NO_SIDE_EFFECTS;"
+RULE = 'option (google.api.http) = {get: "/v1/x"};'
+HIDDEN = "option (tenfold.options.v1.method) = {access: ACCESS_SERVICE};"
+INTERNAL = "option (tenfold.options.v1.method) = {access: ACCESS_PUBLIC internal: true};"
+PUBLIC = "option (tenfold.options.v1.method) = {access: ACCESS_PUBLIC};"
+
+
+@pytest.mark.parametrize(
+    ("method", "allowed"),
+    [
+        (f"rpc M(Q) returns (Q) {{ {PUBLIC} }}", ("POST",)),
+        (f"rpc M(Q) returns (Q) {{ {SAFE} }}", ("GET", "POST")),
+        (f"rpc M(Q) returns (Q) {{ {FREE} {RULE} }}", ("GET", "POST")),
+        (f"rpc M(Q) returns (stream Q) {{ {SAFE} }}", ("POST",)),
+        (f"rpc M(stream Q) returns (Q) {{ {SAFE} }}", ("POST",)),
+        (f"rpc M(Q) returns (Q) {{ {RULE} }}", ("POST",)),
+        ("rpc M(Q) returns (Q);", ()),
+        (f"rpc M(Q) returns (Q) {{ {HIDDEN} }}", ()),
+        (f"rpc M(Q) returns (Q) {{ {INTERNAL} {RULE} }}", ()),
+    ],
+    ids=[
+        "ours, without a rule", "safe", "free of side effects", "server stream", "client stream",
+        "a stranger's with a rule", "a stranger's without", "for services", "internal",
+    ],
+)  # fmt: skip
+def test_an_rpc_path_is_answered_where_the_policy_lets_anyone_in(table_of, method, allowed):
+    table = table_of(more=method)
+    assert called(table, "PUT", "/t.S/M") == allowed
+    assert {route.http_method for route in table.connect_routes} == set(allowed)
+
+
+@pytest.mark.parametrize(
+    ("rule", "conflicts"),
+    [
+        ('post: "/t.S/M"', True),
+        ('post: "/{a=*/*}"', True),
+        ('post: "/{a}/M"', True),
+        ('post: "/{a=**}"', True),
+        ('custom: {kind: "*" path: "/t.S/{a}"}', True),
+        ('get: "/t.S/M"', False),
+        ('get: "/{a=**}"', False),
+        ('post: "/t.S/M:do"', False),
+        ('post: "/v1/{a=**}"', False),
+    ],
+)
+def test_a_rest_path_that_an_rpc_path_would_shadow_is_refused(table_of, rule, conflicts):
+    method = f"rpc M(Q) returns (Q) {{ {PUBLIC} }}"
+    if not conflicts:
+        found = table_of(rule, more=method).match("POST", "/t.S/M")
+        assert found.route.is_connect
+        return
+    with pytest.raises(ContractError, match=r"conflict: .*t\.S/M0.* and POST /t\.S/M .*CONNECT"):
+        table_of(rule, more=method)
