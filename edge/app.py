@@ -226,11 +226,10 @@ class EdgeApp:
             return
         method, path = exchange.method, exchange.raw_path
         found = self._parts.routes.match(method, path)
-        if not isinstance(found, Match) and method == "HEAD" and "GET" in found.allowed_methods:
-            found = self._parts.routes.match("GET", path)
-            if isinstance(found, Match) and found.route.method.server_streaming:
-                raise _not_allowed(("GET",))
         if isinstance(found, Match):
+            route = found.route
+            if method == "HEAD" != route.http_method and route.method.server_streaming:
+                raise _not_allowed(("GET",))
             exchange.route, exchange.captures = found.route, found.captures
             exchange.answer_headers = self._parts.cors.answer_headers(exchange)
         elif not found.allowed_methods:

@@ -12,24 +12,18 @@ from typing import Any, cast
 
 from edge import charges as charging
 from edge import raw, streams
+from edge.answer import Answers, answers_of
 from edge.auth import Authenticator
+from edge.etags import Condition
 from edge.exchange import Exchange, address_block
 from edge.fields import AnyMessage, descriptor_of
 from edge.problem import problem_of
 from edge.refusals import BodyTooLarge, UnsupportedMediaType
-from edge.routes import Route
-from edge.transcode import (
-    HTTP_BODY,
-    http_body_of,
-    request_message,
-    response_json,
-    set_request_id,
-)
+from edge.transcode import plan_of, request_message, response_json, set_request_id
 from edge.upstream import Caller, Upstream
 from shared.errors import DeadlineExceeded, InvalidRequest, TenfoldError, Unimplemented
-from shared.rpc.policy import Access, Idempotency
+from shared.rpc.policy import Idempotency
 
-JSON = b"application/json"
 IDEMPOTENCY_KEY_CHARACTERS_MAX = 255
 _CHARSET = re.compile(r'\s*charset\s*=\s*"?utf-?8"?\s*', re.IGNORECASE)
 
@@ -93,22 +87,23 @@ class Calls:
             await self._call_unary(exchange)
 
     async def _call_unary(self, exchange: Exchange) -> None:
-        route = exchange.call
-        streams.choose_media_type(exchange.header("accept"), _offers(route))
+        route, answers = exchange.call, answers_of(exchange.call)
+        answers.require_acceptable(exchange.header("accept"))
         request = await self._request(exchange)
-        reply = await self._upstream.unary(route.method, request, caller_of(exchange))
+        condition = _condition(exchange, request, answers)
+        try:
+            reply = await self._upstream.unary(route.method, request, caller_of(exchange))
+        except TenfoldError as error:
+            failure = condition.failure_of(error) if condition is not None else None
+            if failure is None:
+                raise
+            raise failure from error
         if reply.is_replayed and exchange.charge is not None:
             charging.note_replay(exchange.charge)
-        content_type, body = JSON, b""
-        http_body = http_body_of(route, reply.message)
-        if http_body is None:
-            body = response_json(route, reply.message)
-        else:
-            content_type, body = http_body[0].encode("ascii", "replace"), http_body[1]
-        headers = [(b"content-type", content_type), (b"cache-control", cache_control(route))]
+        answer = answers.of(reply.message, condition)
         if reply.is_replayed:
-            headers.append((b"idempotency-replayed", b"true"))
-        await exchange.respond(200, headers, body)
+            answer.headers.append((b"idempotency-replayed", b"true"))
+        await exchange.respond(answer.status, answer.headers, answer.body)
 
     async def _call_stream(self, exchange: Exchange) -> None:
         route = exchange.call
@@ -163,7 +158,7 @@ class Calls:
             bytes_max=limits.body_bytes_max, timeout_s=limits.body_timeout_s
         )
         content_type = exchange.header("content-type")
-        if body and not _takes_any_body(route):
+        if body and not plan_of(route).takes_any_body:
             _require_json(exchange, content_type)
         message = request_message(
             route, exchange.captures, exchange.query, body, content_type=content_type
@@ -208,16 +203,11 @@ def caller_of(exchange: Exchange, extra: list[tuple[str, str]] | None = None) ->
     )
 
 
-def _offers(route: Route) -> list[str]:
-    is_json = descriptor_of(route.method.output).full_name != HTTP_BODY and not route.response_body
-    return ["application/json"] if is_json else ["application/json", "*/*"]
-
-
-def _takes_any_body(route: Route) -> bool:
-    request = descriptor_of(route.method.input)
-    has_field = route.body not in {"", "*"}
-    target = request.fields_by_name[route.body].message_type if has_field else request
-    return target is not None and target.full_name == HTTP_BODY
+def _condition(exchange: Exchange, request: AnyMessage, answers: Answers) -> Condition | None:
+    if b"if-match" not in exchange.headers and b"if-none-match" not in exchange.headers:
+        return None
+    if_match, if_none_match = exchange.header("if-match"), exchange.header("if-none-match")
+    return answers.etags.condition(request, if_match, if_none_match)
 
 
 def _require_json(exchange: Exchange, content_type: str) -> None:
@@ -233,12 +223,3 @@ def _require_json(exchange: Exchange, content_type: str) -> None:
 def _refuse_large(exchange: Exchange, bytes_max: int) -> None:
     if int(exchange.headers.get(b"content-length", b"0")) > bytes_max:
         raise BodyTooLarge(f"The body is longer than {bytes_max} bytes.")
-
-
-def cache_control(route: Route) -> bytes:
-    """For how long, and by whom, an answer of this route may be reused."""
-    seconds = route.method.options.cache_max_age.seconds
-    if not seconds:
-        return b"no-store"
-    who = "public" if route.method.policy.access is Access.PUBLIC else "private"
-    return f"{who}, max-age={seconds}".encode()

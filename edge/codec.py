@@ -6,23 +6,34 @@ in descriptors while a request is served.
 
 Stricter than google.protobuf.json_format, which misses 12 cases of the conformance
 suite: booleans are never numbers or enums, one field under two spellings is refused,
-times follow RFC 3339 to the letter. Unknown fields, duplicate keys, NUL in strings and
-bare 64-bit numbers beyond 2^53 are refused.
+times follow RFC 3339 to the letter. Duplicate keys, NUL in strings and bare 64-bit numbers
+beyond 2^53 are refused, and so are unknown fields unless the contract has them ignored.
+Extensions that the contracts know are read and written under "[their.full.name]".
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import orjson
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from edge import well_known
-from edge.fields import AnyMessage, JsonValue, is_map, map_fields
+from edge.contracts import ContractError
+from edge.fields import (
+    AnyMessage,
+    JsonValue,
+    fields_by_any_name,
+    is_map,
+    is_null_value,
+    map_fields,
+)
+from edge.ignored import Ignored
 from edge.json_text import InexactNumberError, Wrong, parse_json
 from edge.scalars import (
     decode_string,
@@ -38,23 +49,29 @@ ANY_LEVELS_MAX = 8
 
 _ANY = "google.protobuf.Any"
 _VALUE = "google.protobuf.Value"
-_NULL_VALUE = "google.protobuf.NullValue"
 
 Setter = Callable[[Any, Any], None]
 
 
 @dataclass(frozen=True)
 class CodecOptions:
-    """How answers are written.
+    """How answers are written, and what is taken in requests.
 
     Attributes:
         emit_defaults: whether fields without presence are written when they hold their default
             ("" , 0, [] ...). REST callers expect a field to be there, so this is the default;
             canonical proto JSON leaves them out. Unset messages, optional fields and members
             of a oneof are left out either way.
+        proto_names: whether answers carry proto names ("display_name") in place of JSON names
+            ("displayName"); requests may use both either way.
+        pretty: whether unary answers are indented; a stream's messages stay on one line each.
+        ignore_unknown: whether unknown fields and enum names in requests are ignored.
     """
 
     emit_defaults: bool = True
+    proto_names: bool = False
+    pretty: bool = False
+    ignore_unknown: bool = False
 
 
 class MessageCodec:
@@ -96,12 +113,16 @@ class Codecs:
 
     Args:
         pool: where the types inside an Any are found.
-        options: how answers are written.
+        options: how answers are written, and what is taken in requests.
+
+    Attributes:
+        ignored: what was ignored, if the options allow it.
     """
 
     def __init__(self, pool: DescriptorPool, options: CodecOptions | None = None) -> None:
         self._pool = pool
         self._options = options or CodecOptions()
+        self.ignored = Ignored()
         self._codecs: dict[tuple[str, int], MessageCodec] = {}
 
     def of(self, descriptor: Descriptor, *, any_level: int = 0) -> MessageCodec:
@@ -122,12 +143,15 @@ class Codecs:
     def value_of(self, field: FieldDescriptor) -> tuple[Setter, ToJson]:
         """How one field is set from a JSON value, and its JSON value read from the message.
 
-        For body and response_body, whose document is a field and not a message.
+        For body and response_body, whose document is a field and not a message. A field that
+        is not set is null, where its descriptor can tell.
         """
         encode = self._value_encoder(field, 0)
-        name = field.name
+        name, has_presence = field.name, field.has_presence
 
         def read(message: AnyMessage) -> JsonValue:
+            if has_presence and not message.HasField(name):
+                return None
             value = getattr(message, name)
             return value if encode is None else encode(value)
 
@@ -147,14 +171,17 @@ class Codecs:
     # --- JSON -> message
 
     def _object_decoder(self, descriptor: Descriptor, any_level: int) -> Into:
+        _refuse_shared_json_names(descriptor)
         # By each spelling; the second one knows the first, under which errors are told.
         setters: dict[str, tuple[Setter, str | None]] = {}
         for field in descriptor.fields:
-            setters[field.json_name or field.name] = self._setter(field, any_level), None
-        for field in descriptor.fields:
-            if field.name not in setters:
-                first_name = field.json_name or field.name
-                setters[field.name] = setters[first_name][0], first_name
+            setters[field.json_name] = self._setter(field, any_level), None
+        for name, field in fields_by_any_name(descriptor).items():
+            if name not in setters:
+                setters[name] = setters[field.json_name][0], field.json_name
+        for extension in self._extensions_of(descriptor):
+            setters[_extension_key(extension)] = self._extension_setter(extension, any_level), None
+        ignored = self.ignored if self._options.ignore_unknown else None
 
         def into(message: AnyMessage, value: JsonValue) -> None:
             if type(value) is not dict:
@@ -162,7 +189,10 @@ class Codecs:
             for key, item in value.items():
                 entry = setters.get(key)
                 if entry is None:
-                    raise Wrong("is no field of this message", key)
+                    if ignored is None:
+                        raise Wrong("is no field of this message", key)
+                    ignored.note(descriptor.full_name, key)
+                    continue
                 setter, first_name = entry
                 if first_name is not None and first_name in value:
                     raise Wrong(f"is given twice, as {key} too", first_name)
@@ -173,7 +203,47 @@ class Codecs:
 
         return into
 
+    def _extensions_of(self, descriptor: Descriptor) -> list[FieldDescriptor]:
+        return self._pool.FindAllExtensions(descriptor) if descriptor.is_extendable else []
+
+    def _extension_setter(self, extension: FieldDescriptor, any_level: int) -> Setter:
+        setter = self._setter(extension, any_level)
+        return lambda message, value: setter(_ExtensionAsField(message, extension), value)
+
     def _setter(self, field: FieldDescriptor, any_level: int) -> Setter:
+        setter = self._strict_setter(field, any_level)
+        enum = (map_fields(field)[1] if is_map(field) else field).enum_type
+        if enum is None or not self._options.ignore_unknown:
+            return setter
+        return self._without_unknown_names(field, enum, setter)
+
+    def _without_unknown_names(
+        self, field: FieldDescriptor, enum: EnumDescriptor, setter: Setter
+    ) -> Setter:
+        """Take unknown names of an enum away before the setter sees them.
+
+        The JSON mapping says so for parsers that ignore unknown fields: alone such a name
+        leaves its field unset, in an array or a map it is left out.
+        """
+        names, ignored = set(enum.values_by_name), self.ignored
+
+        def is_known(value: JsonValue) -> bool:
+            if type(value) is not str or value in names or not value.isidentifier():
+                return True  # of another kind: the setter judges it
+            ignored.note(enum.full_name, value)
+            return False
+
+        def set_known(message: AnyMessage, value: JsonValue) -> None:
+            if is_map(field) and type(value) is dict:
+                setter(message, {key: item for key, item in value.items() if is_known(item)})
+            elif field.is_repeated and type(value) is list:
+                setter(message, [item for item in value if is_known(item)])
+            elif is_known(value):
+                setter(message, value)
+
+        return set_known
+
+    def _strict_setter(self, field: FieldDescriptor, any_level: int) -> Setter:
         if is_map(field):
             return self._map_setter(field, any_level)
         if field.is_repeated:
@@ -259,19 +329,22 @@ class Codecs:
 
     # --- message -> JSON
 
+    def _name_of(self, field: FieldDescriptor) -> str:
+        return field.name if self._options.proto_names else field.json_name
+
     def _object_encoder(self, descriptor: Descriptor, any_level: int) -> ToJson:
         if not self._options.emit_defaults:
             return self._sparse_encoder(descriptor, any_level)
         plain = [field for field in descriptor.fields if not field.has_presence]
         read_plain = _tuple_getter([field.name for field in plain])
-        plain_names = [field.json_name for field in plain]
+        plain_names = [self._name_of(field) for field in plain]
         conversions = [
-            (field.json_name, encode)
+            (self._name_of(field), encode)
             for field in plain
             if (encode := self._value_encoder(field, any_level)) is not None
         ]
         present = [
-            (field.name, field.json_name, self._value_encoder(field, any_level))
+            (field.name, self._name_of(field), self._value_encoder(field, any_level))
             for field in descriptor.fields
             if field.has_presence
         ]
@@ -286,23 +359,48 @@ class Codecs:
                     out[json_name] = value if maybe_encode is None else maybe_encode(value)
             return out
 
-        return to_json
+        return self._with_extensions(descriptor, any_level, to_json)
+
+    def _with_extensions(self, descriptor: Descriptor, any_level: int, to_json: ToJson) -> ToJson:
+        """Write extensions too, which have no default to be written."""
+        extensions = self._encoders(self._extensions_of(descriptor), any_level)
+        if not extensions:
+            return to_json
+
+        def extended_to_json(message: AnyMessage) -> dict[str, Any]:
+            out: dict[str, Any] = to_json(message)
+            for field, value in message.ListFields():
+                if field.is_extension:
+                    key, encode = extensions[field.number]
+                    out[key] = value if encode is None else encode(value)
+            return out
+
+        return extended_to_json
 
     def _sparse_encoder(self, descriptor: Descriptor, any_level: int) -> ToJson:
-        by_number = {
-            field.number: (field.json_name, self._value_encoder(field, any_level))
-            for field in descriptor.fields
-        }
+        fields = [*descriptor.fields, *self._extensions_of(descriptor)]
+        by_number = self._encoders(fields, any_level)
 
         def to_json(message: AnyMessage) -> dict[str, Any]:
             out = {}
             for field, value in message.ListFields():
-                if not field.is_extension:
-                    json_name, encode = by_number[field.number]
-                    out[json_name] = value if encode is None else encode(value)
+                key, encode = by_number[field.number]
+                out[key] = value if encode is None else encode(value)
             return out
 
         return to_json
+
+    def _encoders(
+        self, fields: Sequence[FieldDescriptor], any_level: int
+    ) -> dict[int, tuple[str, ToJson | None]]:
+        """By field number, under which name and how a field or an extension is written."""
+        return {
+            field.number: (
+                _extension_key(field) if field.is_extension else self._name_of(field),
+                self._value_encoder(field, any_level),
+            )
+            for field in fields
+        }
 
     def _value_encoder(self, field: FieldDescriptor, any_level: int) -> ToJson | None:
         """How the whole value of a field is written; None if orjson takes it as it is."""
@@ -379,17 +477,63 @@ class Codecs:
         return into, to_json
 
 
-def read_json(into: Into, message: AnyMessage, text: bytes) -> None:
+def read_json(into: Into, message: AnyMessage, text: bytes) -> JsonValue:
     """Fill an empty message from one JSON document.
+
+    Returns:
+        The document, for whoever wants to know what it names.
 
     Raises:
         Wrong: text is no JSON, or does not fit.
     """
+    document = parse_json(text)
     try:
-        into(message, parse_json(text))
+        into(message, document)
     except InexactNumberError:
         message.Clear()
-        into(message, parse_json(text, exact=True))
+        document = parse_json(text, exact=True)
+        into(message, document)
+    return document
+
+
+@lru_cache(maxsize=16)
+def codecs_of(pool: DescriptorPool, options: CodecOptions | None = None) -> Codecs:
+    """The codecs of a pool, shared by its routes."""
+    return Codecs(pool, options)
+
+
+class _ExtensionAsField:
+    """Reaches one extension of a message by attribute, whatever its name, as setters do."""
+
+    __slots__ = ("_extension", "_message")
+
+    def __init__(self, message: AnyMessage, extension: FieldDescriptor) -> None:
+        object.__setattr__(self, "_message", message)
+        object.__setattr__(self, "_extension", extension)
+
+    def __getattr__(self, name: str) -> AnyMessage:
+        return self._message.Extensions[self._extension]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._message.Extensions[self._extension] = value
+
+
+def _extension_key(extension: FieldDescriptor) -> str:
+    return f"[{extension.full_name}]"
+
+
+def _refuse_shared_json_names(descriptor: Descriptor) -> None:
+    """Refuse what protoc lets pass in proto2: one of the two fields would be lost.
+
+    Raises:
+        ContractError: two fields have one JSON name.
+    """
+    taken: dict[str, FieldDescriptor] = {}
+    for field in descriptor.fields:
+        other = taken.setdefault(field.json_name, field)
+        if other is not field:
+            both = f"{other.full_name} and {field.full_name}"
+            raise ContractError(f"{both} have one JSON name: give one of them another json_name")
 
 
 def _any_content(codec: MessageCodec, value: dict[str, Any]) -> JsonValue:
@@ -411,7 +555,7 @@ def _takes_null(field: FieldDescriptor) -> bool:
     """Whether JSON null is a value of this field; elsewhere it means that the field is unset."""
     if field.message_type is not None:
         return field.message_type.full_name == _VALUE
-    return field.enum_type is not None and field.enum_type.full_name == _NULL_VALUE
+    return is_null_value(field)
 
 
 def _only_member(oneof: str, setter: Setter, *, takes_null: bool) -> Setter:

@@ -8,7 +8,8 @@ from google.protobuf.message import Message
 
 from edge import charges as charging
 from edge import streams
-from edge.calls import CallLimits, Calls, cache_control, caller_of, fill_request_id
+from edge.answer import cache_control
+from edge.calls import CallLimits, Calls, caller_of, fill_request_id
 from edge.connect import (
     GZIP,
     HEAD_BYTES,

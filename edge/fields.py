@@ -4,6 +4,8 @@ Messages are made at run time from descriptors, so the type checker cannot know 
 fields: AnyMessage and JsonValue mark where that is meant.
 """
 
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -11,6 +13,9 @@ from google.protobuf.message import Message
 
 AnyMessage: TypeAlias = Any
 JsonValue: TypeAlias = Any  # dict, list, str, int, float, bool or None
+
+# More message types than any contract set has; old contracts leave the cache after a swap.
+_MESSAGES_MAX = 4096
 
 
 def descriptor_of(message_class: type[Message]) -> Descriptor:
@@ -29,7 +34,28 @@ def is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
 
 
+def is_null_value(field: FieldDescriptor) -> bool:
+    """Whether the field is the enum that has null as its only value."""
+    return field.enum_type is not None and field.enum_type.full_name == "google.protobuf.NullValue"
+
+
+def has_one_text(message: Descriptor, name: str) -> bool:
+    """Whether the message has this field, and it is one string."""
+    field = message.fields_by_name.get(name)
+    return field is not None and field.type == FieldDescriptor.TYPE_STRING and not field.is_repeated
+
+
 def map_fields(field: FieldDescriptor) -> tuple[FieldDescriptor, FieldDescriptor]:
     """The key and the value of a map field."""
     entry = message_type(field).fields_by_name
     return entry["key"], entry["value"]
+
+
+@lru_cache(maxsize=_MESSAGES_MAX)
+def fields_by_any_name(message: Descriptor) -> Mapping[str, FieldDescriptor]:
+    """The fields of a message by JSON name and by proto name.
+
+    Where the JSON name of one field is the proto name of another, the JSON name counts.
+    """
+    by_json_name = {field.json_name: field for field in message.fields}
+    return {field.name: field for field in message.fields} | by_json_name

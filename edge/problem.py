@@ -15,7 +15,7 @@ import orjson
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from edge.fields import descriptor_of, is_map, map_fields
-from edge.refusals import HttpRefusal
+from edge.refusals import HttpRefusal, PreconditionFailed
 from edge.routes import Route
 from shared import errors
 from shared.errors import ERROR_DOMAIN, InvalidRequest, TenfoldError, Violation
@@ -36,6 +36,7 @@ _STATUS: Mapping[type[TenfoldError], HTTPStatus] = {
     errors.NotFound: HTTPStatus.NOT_FOUND,
     errors.AlreadyExists: HTTPStatus.CONFLICT,
     errors.FailedPrecondition: HTTPStatus.BAD_REQUEST,
+    PreconditionFailed: HTTPStatus.PRECONDITION_FAILED,
     errors.QuotaExceeded: HTTPStatus.TOO_MANY_REQUESTS,
     errors.Overloaded: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.Aborted: HTTPStatus.CONFLICT,

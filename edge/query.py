@@ -2,10 +2,11 @@
 
 http.proto: a parameter's name is the field path in the request message; fields are
 primitive, repeated primitive, or messages whose fields are parameters of their own.
-Beyond that text, well-known types that JSON writes as one string or number (times,
-masks, wrappers) are leaves, and two things are as in grpc-gateway: Struct, Value and
-ListValue are JSON documents, and a map of scalars is written labels[key]=value. Names
-may be JSON names or proto names; a field under two spellings is given twice.
+Beyond that text, every well-known type is a leaf: what JSON writes as one string or
+number (times, masks, wrappers) is written bare, and the others (Struct, Value, ListValue,
+Any, Empty) as a JSON document. A map of leaves is written labels[key]=value, as
+grpc-gateway does. Names may be JSON names or proto names; a field under two spellings
+is given twice.
 """
 
 import re
@@ -18,8 +19,18 @@ from urllib.parse import unquote_to_bytes
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from edge import well_known
-from edge.fields import AnyMessage, JsonValue, is_map, map_fields, message_type
-from edge.json_text import Wrong, parse_json
+from edge.codec import codecs_of, read_json
+from edge.fields import (
+    AnyMessage,
+    JsonValue,
+    fields_by_any_name,
+    is_map,
+    is_null_value,
+    map_fields,
+    message_type,
+)
+from edge.ignored import Ignored
+from edge.json_text import Wrong
 from edge.scalars import decode_bool_text, map_key_decoder, scalar_decoder
 
 QUERY_PARAMETERS_MAX = 1000
@@ -34,10 +45,18 @@ _TEXT_LEAVES = {
     f"google.protobuf.{name}": well_known.CODECS[f"google.protobuf.{name}"][0]
     for name in ("Timestamp", "Duration", "FieldMask")
 }
-_JSON_LEAVES = {
-    f"google.protobuf.{name}": well_known.CODECS[f"google.protobuf.{name}"][0]
-    for name in ("Struct", "Value", "ListValue")
-}
+# What JSON writes as an object, an array or anything at all.
+_JSON_LEAVES = frozenset(
+    f"google.protobuf.{name}" for name in ("Struct", "Value", "ListValue", "Any", "Empty")
+)
+
+
+class UnknownParameter(Wrong):
+    """A parameter names no field."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("is no parameter of this method")
+        self._field_text = name[:CACHED_NAME_MAX]
 
 
 @dataclass(frozen=True)
@@ -112,17 +131,15 @@ def _known_leaf(message: Descriptor, name: str) -> Leaf:
 
 def _find_leaf(message: Descriptor, name: str) -> Leaf:
     path, bracket, rest = name.partition("[")
-    if bracket and not rest.endswith("]"):
-        raise Wrong.of_field(name[:64], "is no parameter of this method")
     parts = path.split(".")
-    if len(parts) > PATH_PARTS_MAX:
-        raise Wrong.of_field(name[:64], "is no parameter of this method")
+    if (bracket and not rest.endswith("]")) or len(parts) > PATH_PARTS_MAX:
+        raise UnknownParameter(name)
     fields: list[FieldDescriptor] = []
     descriptor: Descriptor | None = message
     for part in parts:
-        field = _field_named(descriptor, part) if descriptor is not None else None
+        field = fields_by_any_name(descriptor).get(part) if descriptor is not None else None
         if field is None:
-            raise Wrong.of_field(name[:64], "is no parameter of this method")
+            raise UnknownParameter(name)
         fields.append(field)
         descriptor = None if field.is_repeated or is_text_leaf(field) else field.message_type
     leaf = Leaf(tuple(fields), rest[:-1] if bracket else None)
@@ -130,31 +147,23 @@ def _find_leaf(message: Descriptor, name: str) -> Leaf:
     return leaf
 
 
-def _field_named(message: Descriptor, name: str) -> FieldDescriptor | None:
-    found = message.fields_by_camelcase_name.get(name) or message.fields_by_name.get(name)
-    if found is not None:
-        return found
-    return next((field for field in message.fields if field.json_name == name), None)
-
-
 def is_text_leaf(field: FieldDescriptor) -> bool:
     """Whether one text (or, repeated, several) can fill the field."""
     if field.message_type is None:
         return True
     name = field.message_type.full_name
-    return name in _TEXT_LEAVES or name in well_known.WRAPPERS or is_json_leaf(field)
+    return name in _TEXT_LEAVES or name in well_known.WRAPPERS or name in _JSON_LEAVES
 
 
 def is_json_leaf(field: FieldDescriptor) -> bool:
-    """Whether that text is a JSON document."""
+    """Whether the text that fills the field is a JSON document."""
     return field.message_type is not None and field.message_type.full_name in _JSON_LEAVES
 
 
 def _check_leaf(leaf: Leaf) -> None:
     field = leaf.fields[-1]
     if is_map(field):
-        _, value = map_fields(field)
-        if leaf.map_key is None or value.message_type is not None:
+        if leaf.map_key is None or not is_text_leaf(map_fields(field)[1]):
             raise Wrong.of_field(leaf.json_path, f"is a map: write {field.json_name}[key]=value")
     elif leaf.map_key is not None:
         raise Wrong.of_field(leaf.json_path, "is no map")
@@ -188,9 +197,9 @@ def set_leaf(message: AnyMessage, leaf: Leaf, texts: list[str]) -> None:
         else:
             _set_single(target, field, _only(texts))
     except Wrong as wrong:
-        inside = wrong.field  # of a JSON document
-        dot = "." if inside and not inside.startswith("[") else ""
-        raise Wrong.of_field(f"{leaf.json_path}{dot}{inside}", wrong.description) from None
+        inside = wrong.field
+        joint = "." if inside and not inside.startswith("[") else ""
+        raise Wrong.of_field(leaf.json_path + joint + inside, wrong.description) from None
 
 
 def _only(texts: list[str]) -> str:
@@ -214,22 +223,27 @@ def _append(values: AnyMessage, field: FieldDescriptor, text: str) -> None:
 
 
 def _fill(inner: AnyMessage, field: FieldDescriptor, text: str) -> None:
-    name = message_type(field).full_name
-    if name in _TEXT_LEAVES:
-        _TEXT_LEAVES[name](inner, text)
-    elif name in _JSON_LEAVES:
-        _JSON_LEAVES[name](inner, parse_json(text.encode()))
+    inner.SetInParent()
+    descriptor = message_type(field)
+    into = _TEXT_LEAVES.get(descriptor.full_name)
+    if into is not None:
+        into(inner, text)
+    elif descriptor.full_name in _JSON_LEAVES:
+        read_json(codecs_of(descriptor.file.pool).of(descriptor).into, inner, text.encode())
     else:
-        inner.value = text_decoder(message_type(field).fields_by_name["value"])(text)
-        inner.SetInParent()
+        inner.value = text_decoder(descriptor.fields_by_name["value"])(text)
 
 
 def _set_map_entry(target: AnyMessage, field: FieldDescriptor, key: str, text: str) -> None:
     key_field, value_field = map_fields(field)
-    map_key, entries = map_key_decoder(key_field)(key), getattr(target, field.name)
-    if map_key in entries:  # "0" and "-0"
+    map_key = map_key_decoder(key_field)(key)
+    values = getattr(target, field.name)
+    if map_key in values:  # "0" and "-0"
         raise Wrong("is given twice")
-    entries[map_key] = text_decoder(value_field)(text)
+    if value_field.message_type is None:
+        values[map_key] = text_decoder(value_field)(text)
+    else:
+        _fill(values[map_key], value_field, text)
 
 
 def _check_oneof(target: AnyMessage, field: FieldDescriptor) -> None:
@@ -251,6 +265,9 @@ def text_decoder(field: FieldDescriptor) -> TextDecode:
     if field.type != FieldDescriptor.TYPE_ENUM:
         return decode
 
+    if is_null_value(field):
+        return lambda text: decode(None if text == "null" else text)
+
     # An enum's number arrives as text; no name looks like a number.
     def decode_enum(text: str) -> JsonValue:
         return decode(int(text) if _NUMBER.fullmatch(text) else text)
@@ -258,8 +275,15 @@ def text_decoder(field: FieldDescriptor) -> TextDecode:
     return decode_enum
 
 
-def gather(pairs: Iterable[tuple[str, str]], message: Descriptor) -> list[tuple[Leaf, list[str]]]:
+def gather(
+    pairs: Iterable[tuple[str, str]], message: Descriptor, ignored: Ignored | None = None
+) -> list[tuple[Leaf, list[str]]]:
     """Bring together what names the same field, under whichever spelling.
+
+    Args:
+        pairs: names and texts, from parse_query.
+        message: of the request.
+        ignored: learns of parameters that name no field; None refuses them.
 
     Raises:
         Wrong: a parameter names no field that text can fill.
@@ -269,6 +293,12 @@ def gather(pairs: Iterable[tuple[str, str]], message: Descriptor) -> list[tuple[
     for name, text in pairs:
         leaf = leaves.get(name)
         if leaf is None:
-            leaf = leaves[name] = find_leaf(message, name)
+            try:
+                leaf = leaves[name] = find_leaf(message, name)
+            except UnknownParameter:
+                if ignored is None:
+                    raise
+                ignored.note(message.full_name, name)
+                continue
         gathered.setdefault(leaf.json_path, (leaf, []))[1].append(text)
     return list(gathered.values())

@@ -7,7 +7,7 @@ They are TenfoldErrors like the rest, so that a caller sees one error shape ever
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from shared.errors import InvalidRequest, Violation
+from shared.errors import FailedPrecondition, InvalidRequest, Violation
 
 
 class HttpRefusal(InvalidRequest):
@@ -60,6 +60,18 @@ class UnsupportedMediaType(HttpRefusal):
 
     http_status = 415
     reason = "UNSUPPORTED_MEDIA_TYPE"
+
+
+class PreconditionUnsupported(HttpRefusal):
+    """A conditional header that this route cannot keep; to ignore it would break its promise."""
+
+    reason = "PRECONDITION_UNSUPPORTED"
+
+
+class PreconditionFailed(FailedPrecondition):
+    """The resource is not the one that If-Match names; `edge.problem` answers it with 412."""
+
+    reason = "PRECONDITION_FAILED"
 
 
 class ClientLeft(Exception):

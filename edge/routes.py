@@ -8,7 +8,7 @@ refused when the table is built.
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import unquote_to_bytes
 
 from google.api import http_pb2
@@ -16,8 +16,9 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from tenfold.options.v1.policy_pb2 import RawBinding
 
+from edge.codec import CodecOptions
 from edge.contracts import ContractError, Contracts, MethodInfo
-from edge.fields import descriptor_of
+from edge.fields import descriptor_of, has_one_text
 from edge.template import DOUBLE_STAR, STAR, Template, TemplateError
 from shared.errors import InvalidRequest
 from shared.rpc.policy import Access
@@ -25,6 +26,10 @@ from shared.rpc.policy import Access
 # Longer targets are refused by the server with 414; here they simply match nothing.
 PATH_BYTES_MAX = 8192
 ANY_METHOD = "*"
+DEFAULT_JSON = CodecOptions()
+
+# What a resource is called by (AIP-122).
+NAME_FIELD = "name"
 
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _DOT_SEGMENTS = (b".", b"..")
@@ -43,6 +48,8 @@ class Route:
         response_body: the answer field that is sent; "" for the whole message.
         raw: set for a raw binding, whose variables are metadata and not request fields.
         is_connect: whether it is answered in the Connect protocol, at the method's RPC path.
+        json: how answers are written.
+        served_at: of a standard Create: the GET paths that may serve what it makes.
     """
 
     http_method: str
@@ -52,6 +59,8 @@ class Route:
     response_body: str = ""
     raw: RawBinding | None = None
     is_connect: bool = False
+    json: CodecOptions = DEFAULT_JSON
+    served_at: tuple[Template, ...] = ()
 
     def __str__(self) -> str:
         """The binding and its method, for error texts."""
@@ -113,13 +122,18 @@ class RouteTable:
 
     @classmethod
     def of_contracts(
-        cls, contracts: Contracts | FileDescriptorSet, *, serves_connect: bool = True
+        cls,
+        contracts: Contracts | FileDescriptorSet,
+        *,
+        serves_connect: bool = True,
+        json: CodecOptions = DEFAULT_JSON,
     ) -> "RouteTable":
         """Read every http rule and raw binding that REST may reach, and every RPC path.
 
         Args:
             contracts: what is served.
             serves_connect: whether RPC paths are answered, in the Connect protocol.
+            json: how answers are written.
 
         Raises:
             ContractError: a template, a variable or a body does not fit its message, or two
@@ -128,11 +142,11 @@ class RouteTable:
         if isinstance(contracts, FileDescriptorSet):
             contracts = Contracts(contracts)
         reachable = [method for method in contracts.methods() if method.is_reachable]
+        routes = [route for method in reachable for route in _routes_of(method)]
+        connect_routes = [route for method in reachable for route in _connect_routes_of(method)]
         return cls(
-            (route for method in reachable for route in _routes_of(method)),
-            (route for method in reachable for route in _connect_routes_of(method))
-            if serves_connect
-            else (),
+            [replace(route, json=json, served_at=_served_at(route, routes)) for route in routes],
+            [replace(route, json=json) for route in connect_routes] if serves_connect else (),
         )
 
     @property
@@ -148,8 +162,9 @@ class RouteTable:
             raw_path: the undecoded target without its query.
 
         Returns:
-            The most specific route. A path whose last segment ends in a verb that some route of
-            that path declares is always read with the verb.
+            The most specific route; HEAD is answered by a GET where no route names it. A path
+            whose last segment ends in a verb that some route of that path declares is always
+            read with the verb.
 
         Raises:
             InvalidRequest: the path is not percent-encoded, or a captured part does not decode to
@@ -185,8 +200,12 @@ class RouteTable:
         if route is not None:
             return Match(route, _captures(route, raw))
         allowed: list[str] = []
+        # RFC 9110, section 9.3.2: HEAD is the same as GET, so they never part ways.
+        methods = (
+            (http_method, "GET", ANY_METHOD) if http_method == "HEAD" else (http_method, ANY_METHOD)
+        )
         for by_method in _candidates(self._root, decoded, 0, verb):
-            route = by_method.get(http_method) or by_method.get(ANY_METHOD)
+            route = next((by_method[name] for name in methods if name in by_method), None)
             if route is not None:
                 return Match(route, _captures(route, raw))
             allowed += by_method
@@ -309,6 +328,33 @@ def _route_of_rule(rule: http_pb2.HttpRule, method: MethodInfo) -> Route:
     _check_body("body", rule.body if rule.body != "*" else "", descriptor_of(method.input), method)
     _check_body("response_body", rule.response_body, descriptor_of(method.output), method)
     return Route(http_method, template, method, rule.body, rule.response_body)
+
+
+def _served_at(created: Route, routes: Iterable[Route]) -> tuple[Template, ...]:
+    """Where a standard Create's resource is read (AIP-131, AIP-133): by its name, by a GET."""
+    is_create = created.http_method == "POST" and created.method.name.startswith("Create")
+    resource = answered_message(created)
+    if not is_create or resource is None or not has_one_text(resource, NAME_FIELD):
+        return ()
+    return tuple(
+        route.template
+        for route in routes
+        if route.http_method == "GET"
+        and answered_message(route) is resource
+        and route.template.is_of_one_variable
+        and route.template.variables[0].field_path == NAME_FIELD
+    )
+
+
+def answered_message(route: Route) -> Descriptor | None:
+    """The message that a unary route answers with; None for streams and for other values."""
+    if route.method.server_streaming or route.raw is not None:
+        return None
+    answer = descriptor_of(route.method.output)
+    if not route.response_body:
+        return answer
+    field = answer.fields_by_name[route.response_body]
+    return None if field.is_repeated else field.message_type
 
 
 def _template(path: str, method: MethodInfo) -> Template:

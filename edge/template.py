@@ -14,7 +14,7 @@ differ from that text; here they are refused when the contract is loaded.
 
 import re
 from dataclasses import dataclass
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 STAR = "*"
 DOUBLE_STAR = "**"
@@ -85,6 +85,47 @@ class Template:
     def variable_pattern(self, variable: Variable) -> str:
         """The segments of a variable as text: "accounts/*"."""
         return "/".join(_segment_text(s) for s in self.segments[variable.start : variable.end])
+
+    @property
+    def is_of_one_variable(self) -> bool:
+        """Whether one variable and literals are all there is, so that a value makes a path."""
+        if len(self.variables) != 1:
+            return False
+        before, after = self._around(self.variables[0])
+        return all(isinstance(segment, bytes) for segment in (*before, *after))
+
+    def path_of(self, value: str) -> str | None:
+        """The encoded path whose only variable captures this value; None if it cannot.
+
+        http.proto: all but [-_.~0-9a-zA-Z] is percent-encoded, and "/" only where the variable
+        is one segment.
+        """
+        [variable] = self.variables
+        parts = value.split("/") if variable.is_multi_segment else [value]
+        if not _fits(self.segments[variable.start : variable.end], parts):
+            return None
+        before, after = self._around(variable)
+        segments = [quote(segment) for segment in before]
+        segments += [quote(part, safe="") for part in parts]
+        segments += [quote(segment) for segment in after]
+        path = "/" + "/".join(segments)
+        return f"{path}:{quote(self.verb)}" if self.verb else path
+
+    def _around(self, variable: Variable) -> tuple[tuple[str | bytes, ...], ...]:
+        after = self.segments[variable.end :] if variable.end is not None else ()
+        return self.segments[: variable.start], after
+
+
+def _fits(pattern: tuple[str | bytes, ...], parts: list[str]) -> bool:
+    """Whether these segments match; dot segments and empty ones are never served."""
+    if not all(parts) or not {".", ".."}.isdisjoint(parts):
+        return False
+    if pattern[-1] == DOUBLE_STAR:
+        pattern = pattern[:-1] + (STAR,) * (len(parts) - len(pattern) + 1)
+    return len(pattern) == len(parts) and all(
+        segment == STAR or segment == part.encode()
+        for segment, part in zip(pattern, parts, strict=True)
+    )
 
 
 def _segment_text(segment: str | bytes) -> str:

@@ -3,27 +3,30 @@
 http.proto, "Rules for HTTP mapping": path variables first, then the body, then every
 field that is left is a query parameter. Peers silently let one source win over
 another; here a field may come from two only with the same value, and an unknown or
-doubly set field is refused by its JSON name.
+doubly set field is refused by its JSON name. A contract may have unknown names ignored.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import orjson
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from edge.codec import Codecs, MessageCodec, Setter, read_json
-from edge.fields import AnyMessage, descriptor_of
+from edge.codec import MessageCodec, Setter, codecs_of, read_json
+from edge.fields import AnyMessage, JsonValue, descriptor_of
+from edge.ignored import Ignored
 from edge.json_text import Wrong
+from edge.masks import UpdateMask, update_mask_of
 from edge.query import Leaf, find_leaf, gather, parse_query, set_leaf
 from edge.routes import Route
 from edge.well_known import ToJson
 from shared.errors import Internal, InvalidRequest
 
 HTTP_BODY = "google.api.HttpBody"
+NAME_CHARACTERS_TOLD_MAX = 64
 # More routes than any contract set has; old contracts leave the cache after a swap.
 _PLANS_MAX = 4096
 
@@ -34,21 +37,27 @@ class Plan:
 
     Attributes:
         request: the codec of the whole request.
-        response: the codec of the whole answer.
         variables: path variables: proto field path -> the field.
         body_field: the field that the body fills; None for "*" and for no body.
         set_body: fills it; None as above.
-        read_response_body: makes the JSON of the answer's field; None for the whole answer.
+        takes_any_body: whether the body is an HttpBody, and so of any media type.
+        answer_json: makes the JSON value of the answer, or of its response_body.
         taken: proto paths that a query parameter must not touch.
+        update_mask: checks or makes the field mask of an update; None if there is none.
+        ignored: learns of unknown names where the contract ignores them; None refuses them.
+        has_required: whether a field that the wire format requires may be missing.
     """
 
     request: MessageCodec
-    response: MessageCodec
     variables: dict[str, Leaf]
     body_field: FieldDescriptor | None
     set_body: Setter | None
-    read_response_body: ToJson | None
+    takes_any_body: bool
+    answer_json: ToJson
     taken: frozenset[tuple[str, ...]]
+    update_mask: UpdateMask | None
+    ignored: Ignored | None
+    has_required: bool
 
 
 def request_message(
@@ -74,37 +83,45 @@ def request_message(
     plan = plan_of(route)
     message = plan.request.message_class()
     try:
-        _read_body(route, plan, message, body, content_type)
+        document = _read_body(route, plan, message, body, content_type)
         for field_path, text in captures.items():
             _set_captured(message, plan.variables[field_path], text)
         if query_string:
             _read_query(route, plan, message, query_string)
+        if plan.update_mask is not None:
+            plan.update_mask.complete(message, document)
+        if plan.has_required and not message.IsInitialized():
+            raise _missing(message)
     except Wrong as wrong:
         raise invalid_request(wrong) from None
     return message
 
 
-def response_json(route: Route, message: Message) -> bytes:
+def response_json(route: Route, message: Message, *, pretty: bool = False) -> bytes:
     """Write an answer as JSON: the message, or the field that response_body names.
+
+    Args:
+        route: not a raw one.
+        message: its answer.
+        pretty: whether it is indented; else it is one line.
 
     Raises:
         Internal: the answer holds what JSON cannot write (a time out of range, an unknown Any).
     """
-    plan = plan_of(route)
     try:
-        if plan.read_response_body is not None:
-            return orjson.dumps(plan.read_response_body(message))
-        return plan.response.json_of_message(message)
+        value = plan_of(route).answer_json(message)
     except ValueError as error:
         raise Internal(f"the answer of {route.method.full_name} is no JSON: {error}") from error
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2 if pretty else None)
 
 
-def http_body_of(route: Route, message: Message) -> tuple[str, bytes] | None:
-    """The content type and bytes of an answer that is (or whose response_body is) an HttpBody."""
-    target: AnyMessage = getattr(message, route.response_body) if route.response_body else message
-    if getattr(getattr(target, "DESCRIPTOR", None), "full_name", "") != HTTP_BODY:
-        return None
-    return target.content_type or "application/octet-stream", target.data
+def answer_type(route: Route) -> str:
+    """The full name of the message that is answered; "" for a response_body of another kind."""
+    answer = descriptor_of(route.method.output)
+    if not route.response_body:
+        return answer.full_name
+    field = answer.fields_by_name[route.response_body]
+    return "" if field.is_repeated or field.message_type is None else field.message_type.full_name
 
 
 def set_request_id(message: Message, key: str) -> None:
@@ -130,7 +147,8 @@ def invalid_request(wrong: Wrong) -> InvalidRequest:
 def plan_of(route: Route) -> Plan:
     """The compiled plan of a route; call it for each route at start, so that no request pays."""
     request, answer = descriptor_of(route.method.input), descriptor_of(route.method.output)
-    codecs = codecs_of(request.file.pool)
+    is_lenient = route.method.options.ignore_unknown
+    codecs = codecs_of(request.file.pool, replace(route.json, ignore_unknown=is_lenient))
     variables = {}
     if route.raw is None:
         paths = [variable.field_path for variable in route.template.variables]
@@ -139,45 +157,69 @@ def plan_of(route: Route) -> Plan:
     taken = {leaf.path for leaf in variables.values()}
     if body_field is not None:
         taken.add((body_field.name,))
-    read = None
+    answer_json = codecs.of(answer).to_json
     if route.response_body:
-        read = codecs.value_of(answer.fields_by_name[route.response_body])[1]
+        answer_json = codecs.value_of(answer.fields_by_name[route.response_body])[1]
+    body_type = request if body_field is None else body_field.message_type
     return Plan(
         request=codecs.of(request),
-        response=codecs.of(answer),
         variables=variables,
         body_field=body_field,
         set_body=codecs.value_of(body_field)[0] if body_field is not None else None,
-        read_response_body=read,
+        takes_any_body=bool(route.body) and _is_http_body(body_type),
+        answer_json=answer_json,
         taken=frozenset(taken),
+        update_mask=update_mask_of(route),
+        ignored=codecs.ignored if is_lenient else None,
+        has_required=any(_requires_fields(message) for message in _messages_within(request)),
     )
 
 
-@lru_cache(maxsize=16)
-def codecs_of(pool: DescriptorPool) -> Codecs:
-    """The codecs of a pool, shared by its routes."""
-    return Codecs(pool)
+def _is_http_body(message: Descriptor | None) -> bool:
+    return message is not None and message.full_name == HTTP_BODY
+
+
+def _messages_within(message: Descriptor) -> Iterator[Descriptor]:
+    """A message and all that its fields may hold."""
+    seen, waiting = {message.full_name}, [message]
+    while waiting:
+        yield (current := waiting.pop())
+        inner = [field.message_type for field in current.fields if field.message_type is not None]
+        for found in inner:
+            if found.full_name not in seen:
+                seen.add(found.full_name)
+                waiting.append(found)
+
+
+def _requires_fields(message: Descriptor) -> bool:
+    # An extension may hold anything.
+    return message.is_extendable or any(field.is_required for field in message.fields)
+
+
+def _missing(message: AnyMessage) -> Wrong:
+    """What proto2 requires and the request does not have: the wire format could not carry it."""
+    return Wrong.of_field(message.FindInitializationErrors()[0], "is required")
 
 
 def _read_body(
     route: Route, plan: Plan, message: AnyMessage, body: bytes, content_type: str
-) -> None:
-    if not body:
-        return
-    if not route.body:
-        raise Wrong("must have no body")
+) -> JsonValue:
+    """Fill the message from the body; the document, None if it is no JSON."""
     field = plan.body_field
-    target = plan.request.descriptor if field is None else field.message_type
-    if target is not None and target.full_name == HTTP_BODY:
+    if plan.takes_any_body:
         http_body = message if field is None else getattr(message, field.name)
         http_body.content_type, http_body.data = content_type, body
-    elif field is None:
-        read_json(plan.request.into, message, body)
-    elif plan.set_body is not None:
-        try:
-            read_json(plan.set_body, message, body)
-        except Wrong as wrong:
-            raise wrong.within(field.json_name or field.name) from None
+        return None
+    if not body:
+        return None
+    if not route.body:
+        raise Wrong("must have no body")
+    if field is None or plan.set_body is None:
+        return read_json(plan.request.into, message, body)
+    try:
+        return read_json(plan.set_body, message, body)
+    except Wrong as wrong:
+        raise wrong.within(field.json_name) from None
 
 
 def _set_captured(message: AnyMessage, leaf: Leaf, text: str) -> None:
@@ -185,20 +227,27 @@ def _set_captured(message: AnyMessage, leaf: Leaf, text: str) -> None:
     target = message
     for field in leaf.fields[:-1]:
         target = getattr(target, field.name)
-    name = leaf.fields[-1].name
-    before = getattr(target, name)
+    field = leaf.fields[-1]
+    before = getattr(target, field.name)
+    was_set = target.HasField(field.name) if field.has_presence else before != field.default_value
     set_leaf(message, leaf, [text])
-    if before != leaf.fields[-1].default_value and before != getattr(target, name):
+    if was_set and before != getattr(target, field.name):
         raise Wrong.of_field(leaf.json_path, "differs from the path")
 
 
 def _read_query(route: Route, plan: Plan, message: AnyMessage, query_string: bytes) -> None:
     pairs = parse_query(query_string)
-    if route.body == "*" and pairs:
-        # http.proto: with "*", all that the path leaves is the body's.
-        raise Wrong.of_field(pairs[0][0][:64], "is no parameter: send it in the body")
-    for leaf, texts in gather(pairs, plan.request.descriptor):
+    if route.body == "*" and pairs and plan.ignored is None:
+        raise _no_parameter(pairs[0][0][:NAME_CHARACTERS_TOLD_MAX])
+    for leaf, texts in gather(pairs, plan.request.descriptor, plan.ignored):
+        if route.body == "*":
+            raise _no_parameter(leaf.json_path)
         for length in range(1, len(leaf.path) + 1):
             if leaf.path[:length] in plan.taken:
                 raise Wrong.of_field(leaf.json_path, "belongs to the path or the body")
         set_leaf(message, leaf, texts)
+
+
+def _no_parameter(name: str) -> Wrong:
+    # http.proto: with body "*", all that the path leaves is the body's.
+    return Wrong.of_field(name, "is no parameter: send it in the body")

@@ -114,7 +114,7 @@ def field_mask_into(message: AnyMessage, value: JsonValue) -> None:
     for path in value.split(",") if value else ():
         if not _MASK_PATH.fullmatch(path):
             raise Wrong(f"{path[:64]!r} is no path of field names in lowerCamelCase")
-        message.paths.append(_CAPITAL.sub(lambda found: "_" + found.group().lower(), path))
+        message.paths.append(mask_path_of_json(path))
     message.SetInParent()
 
 
@@ -123,9 +123,17 @@ def field_mask_json(message: AnyMessage) -> str:
     for path in message.paths:
         if not _PROTO_PATH.fullmatch(path):
             raise ValueError("a FieldMask holds a path that JSON cannot write")
-    return ",".join(
-        _UNDERSCORE.sub(lambda found: found.group(1).upper(), path) for path in message.paths
-    )
+    return ",".join(map(mask_path_json, message.paths))
+
+
+def mask_path_json(path: str) -> str:
+    """A path of a mask in lowerCamelCase."""
+    return _UNDERSCORE.sub(lambda found: found.group(1).upper(), path)
+
+
+def mask_path_of_json(path: str) -> str:
+    """A path in lowerCamelCase as masks hold it; the way back is not unique."""
+    return _CAPITAL.sub(lambda found: "_" + found.group().lower(), path)
 
 
 def value_into(message: AnyMessage, value: JsonValue) -> None:
@@ -220,6 +228,7 @@ WRAPPERS = frozenset(
     f"google.protobuf.{name}Value"
     for name in ("Double", "Float", "Int64", "UInt64", "Int32", "UInt32", "Bool", "String", "Bytes")
 )
+FIELD_MASK, ANY, EMPTY = (f"google.protobuf.{name}" for name in ("FieldMask", "Any", "Empty"))
 CODECS: dict[str, tuple[Into, ToJson]] = {
     "google.protobuf.Timestamp": (timestamp_into, timestamp_json),
     "google.protobuf.Duration": (duration_into, duration_json),
@@ -228,3 +237,9 @@ CODECS: dict[str, tuple[Into, ToJson]] = {
     "google.protobuf.Struct": (struct_into, struct_json),
     "google.protobuf.ListValue": (list_into, list_json),
 }
+
+
+def is_well_known(message: Descriptor) -> bool:
+    """Whether JSON writes the message in a way of its own, or it stands for a whole value."""
+    name = message.full_name
+    return name in CODECS or name in WRAPPERS or name in {ANY, EMPTY}

@@ -11,6 +11,7 @@ from pathlib import Path
 import orjson
 from google.protobuf.message import DecodeError
 
+from edge.answer import answers_of
 from edge.app import Document, EdgeApp, Limits, Parts
 from edge.auth import ApiKeys, Authenticator, SigningKeys, has_valid_checksum
 from edge.auth_client import EndingRevocations, RpcAuthClient
@@ -70,8 +71,10 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
     """
     contracts = _contracts(config)
     routes = RouteTable.of_contracts(contracts, serves_connect=config.connect)
-    for route in routes.all_routes:
-        plan_of(route)  # compiled now, so that no request pays
+    for route in routes.all_routes:  # compiled now, so that no request pays
+        plan_of(route)
+    for route in routes.routes:
+        answers_of(route)
     prices = prices_of(routes.all_routes, config.quotas())
     open_streams = OpenStreams(config.streams_per_caller_max)
     methods = tuple(contracts.methods())

@@ -4,6 +4,7 @@ import pytest
 
 from edge.contracts import Contracts
 from edge.routes import RouteTable
+from edge.transcode import request_message
 from tests.protos import compile_protos
 
 HERE = Path(__file__).parent
@@ -17,6 +18,21 @@ def everything_contracts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def everything_table(everything_contracts):
     return RouteTable.of_contracts(everything_contracts)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The routes of library.proto."""
+    return RouteTable.of_contracts(
+        compile_protos(HERE / "library", tmp_path_factory.mktemp("protos"))
+    )
+
+
+def request_of(table, method, target, body=b"", **options):
+    """The request message of an HTTP request, as the edge makes it."""
+    path, _, query = target.partition("?")
+    found = table.match(method, path)
+    return request_message(found.route, found.captures, query.encode(), body, **options)
 
 
 @pytest.fixture

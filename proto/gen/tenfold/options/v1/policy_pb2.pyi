@@ -194,6 +194,8 @@ class MethodPolicy(_message.Message):
     CACHE_MAX_AGE_FIELD_NUMBER: _builtins.int
     AUDIT_FIELD_NUMBER: _builtins.int
     RAW_FIELD_NUMBER: _builtins.int
+    SUCCESS_STATUS_FIELD_NUMBER: _builtins.int
+    IGNORE_UNKNOWN_FIELD_NUMBER: _builtins.int
     access: Global___Access.ValueType
     idempotency: Global___Idempotency.ValueType
     retry_safe: _builtins.bool
@@ -202,6 +204,14 @@ class MethodPolicy(_message.Message):
     """Whether REST may not reach it, although it has a route or is PUBLIC."""
     audit: _builtins.bool
     """Whether each call leaves an audit entry."""
+    success_status: _builtins.int
+    """The HTTP status of an answer without an error: 200, 201, 202 or, where the method returns
+    google.protobuf.Empty, 204. Absent means 200. For unary methods.
+    """
+    ignore_unknown: _builtins.bool
+    """Whether JSON fields, enum names and query parameters that the request does not have are
+    ignored, and logged once each; else they are refused by name.
+    """
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Every scope listed is needed; empty means none beyond access."""
@@ -238,12 +248,16 @@ class MethodPolicy(_message.Message):
         cache_max_age: _duration_pb2.Duration | None = ...,
         audit: _builtins.bool = ...,
         raw: _abc.Iterable[Global___RawBinding] | None = ...,
+        success_status: _builtins.int | None = ...,
+        ignore_unknown: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache_max_age", b"cache_max_age", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "quota", b"quota"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_success_status", b"_success_status", "cache_max_age", b"cache_max_age", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "quota", b"quota", "success_status", b"success_status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "audit", b"audit", "cache_max_age", b"cache_max_age", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "idempotency", b"idempotency", "internal", b"internal", "quota", b"quota", "raw", b"raw", "retry_safe", b"retry_safe", "scopes", b"scopes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_success_status", b"_success_status", "access", b"access", "audit", b"audit", "cache_max_age", b"cache_max_age", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "idempotency", b"idempotency", "ignore_unknown", b"ignore_unknown", "internal", b"internal", "quota", b"quota", "raw", b"raw", "retry_safe", b"retry_safe", "scopes", b"scopes", "success_status", b"success_status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__success_status: _TypeAlias = _typing.Literal["success_status"]  # noqa: Y015
+    _WhichOneofArgType__success_status: _TypeAlias = _typing.Literal["_success_status", b"_success_status"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__success_status) -> _WhichOneofReturnType__success_status | None: ...
 
 Global___MethodPolicy: _TypeAlias = MethodPolicy  # noqa: Y015
 
