@@ -18,10 +18,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from structlog.stdlib import get_logger
-
 from edge.exchange import Exchange
 from edge.refusals import HttpRefusal
+from shared import log
 from shared.clock import Clock
 from shared.errors import PermissionDenied, TenfoldError, Unauthenticated, Unavailable
 from shared.identity import (
@@ -52,7 +51,7 @@ _BEARER = re.compile(r"Bearer ([A-Za-z0-9\-._~+/]+=*)", re.IGNORECASE)
 _BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _KEY_LOCKS = 64
 
-_log = get_logger("edge.auth")
+_log = log.get_logger("edge.auth")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from edge.contracts import MethodInfo
 from edge.raw import RETRY_AFTER_S, STATUS_KEY
 from shared.errors import Internal, TenfoldError, Unavailable
 from shared.identity import IDENTITY_METADATA_KEY, Principal
-from shared.rpc.context import REPLAYED_METADATA
-from shared.rpc.interceptors import REQUEST_ID_KEY
+from shared.rpc.context import REPLAYED_METADATA, REQUEST_ID_KEY
 from shared.rpc.unary import UnaryChannel
 
 TRACE_KEY = "traceparent"

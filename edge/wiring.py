@@ -1,11 +1,9 @@
 """The only place that chooses the edge's implementations."""
 
-import asyncio
 import importlib.metadata
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import orjson
@@ -13,8 +11,7 @@ from google.protobuf.message import DecodeError
 
 from edge.answer import answers_of
 from edge.app import Document, EdgeApp, Limits, Parts
-from edge.auth import ApiKeys, Authenticator, SigningKeys, has_valid_checksum
-from edge.auth_client import EndingRevocations, RpcAuthClient
+from edge.auth import Authenticator
 from edge.calls import CallLimits, Calls
 from edge.charges import Charges, prices_of
 from edge.config import EdgeConfig
@@ -24,21 +21,13 @@ from edge.cors import Cors
 from edge.docs import docs_files
 from edge.health import Readiness
 from edge.openapi import openapi_document
-from edge.quota_store import (
-    FallbackQuotaStore,
-    LocalQuotaStore,
-    QuotaStore,
-    ValkeyQuotaStore,
-    open_valkey,
-)
+from edge.quota_store import LocalQuotaStore, QuotaStore
 from edge.routes import RouteTable
 from edge.streams import OpenStreams
 from edge.transcode import plan_of
 from edge.upstream import Upstream
 from shared.clock import Clock
-from shared.identity import AccessTokenVerifier, CredentialRevoked, IdentitySigner
-from shared.identity_feed import run_revocation_feed
-from shared.lifecycle import Loop
+from shared.identity import IdentitySigner
 from shared.rpc.client import Channels, Upstreams
 
 OPENAPI_PATH = b"/openapi.json"
@@ -87,9 +76,7 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
         )
         stack.push_async_callback(channels.close)
         store = await _quota_store(stack, config, around)
-        authenticator = None
-        if around.signer is not None:
-            authenticator = await _authenticator(stack, config, around, channels, open_streams)
+        authenticator = await _authenticator(stack, config, around, channels, open_streams)
         upstream, limits = Upstream(channels, around.signer), _call_limits(config)
         calls = Calls(
             upstream,
@@ -123,12 +110,12 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
 async def _quota_store(
     stack: AsyncExitStack, config: EdgeConfig, around: Surroundings
 ) -> QuotaStore:
-    client = await stack.enter_async_context(open_valkey(around.valkey_url))
-    return FallbackQuotaStore(
-        ValkeyQuotaStore(client),
-        LocalQuotaStore(around.clock),
-        edge_count=config.edge_count,
-        clock=around.clock,
+    if around.signer is None:
+        return LocalQuotaStore(around.clock)
+    from edge.mesh import open_quota_store
+
+    return await stack.enter_async_context(
+        open_quota_store(around.valkey_url, edge_count=config.edge_count, clock=around.clock)
     )
 
 
@@ -138,41 +125,15 @@ async def _authenticator(
     around: Surroundings,
     channels: Channels,
     open_streams: OpenStreams,
-) -> Authenticator:
-    def end_streams(credential: str) -> None:
-        open_streams.end(credential, CredentialRevoked("The session or key has ended."))
+) -> Authenticator | None:
+    if around.signer is None:
+        return None
+    from edge.mesh import open_authenticator
 
-    client, clock = RpcAuthClient(channels), around.clock
-    revocations = EndingRevocations(end_streams, clock=clock)
-    tokens = AccessTokenVerifier(revocations=revocations, clock=clock)
-    signing_keys = SigningKeys(client, tokens, clock)
-    await stack.enter_async_context(
-        _running(partial(run_revocation_feed, channels, revocations), signing_keys.run)
+    stale_s = config.revocations_stale_s
+    return await stack.enter_async_context(
+        open_authenticator(channels, open_streams, revocations_stale_s=stale_s, clock=around.clock)
     )
-    return Authenticator(
-        tokens=tokens,
-        signing_keys=signing_keys,
-        api_keys=ApiKeys(
-            client.resolve_api_key,
-            has_valid_checksum=has_valid_checksum,
-            revocations=revocations,
-            clock=clock,
-        ),
-        revocations=revocations,
-        revocations_stale_s=config.revocations_stale_s,
-    )
-
-
-@asynccontextmanager
-async def _running(*loops: Loop) -> AsyncIterator[None]:
-    """Run loops beside what is inside; if one fails, all of it ends and the error surfaces."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(loop()) for loop in loops]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
 
 
 def _contracts(config: EdgeConfig) -> Contracts:

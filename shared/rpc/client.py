@@ -19,8 +19,7 @@ import grpc.aio
 from shared import deadline, log
 from shared.errors import TenfoldError, Unavailable
 from shared.identity import IDENTITY_METADATA_KEY, IdentitySigner
-from shared.rpc.context import current_call
-from shared.rpc.interceptors import REQUEST_ID_KEY
+from shared.rpc.context import REQUEST_ID_KEY, current_call
 from shared.rpc.policy import Access, MethodPolicy, contract_policies
 from shared.rpc.status import STATUS_DETAILS_KEY, error_of
 from shared.rpc.unary import UnaryChannel

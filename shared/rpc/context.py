@@ -12,6 +12,7 @@ from shared.db.port import Once
 from shared.identity import PUBLIC, Principal
 from shared.rpc.policy import REQUEST_ID_FIELD
 
+REQUEST_ID_KEY = "x-request-id"
 REPLAYED_METADATA = ("idempotency-replayed", "true")
 
 

@@ -40,11 +40,10 @@ from shared.identity import (
     PrincipalKind,
     TokenRefused,
 )
-from shared.rpc.context import REPLAYED_METADATA, Context, current_call
+from shared.rpc.context import REPLAYED_METADATA, REQUEST_ID_KEY, Context, current_call
 from shared.rpc.policy import REQUEST_ID_FIELD, Access, Idempotency, MethodPolicy
 from shared.rpc.status import status_of
 
-REQUEST_ID_KEY = "x-request-id"
 REQUEST_ID_CHARACTERS_MAX = 128
 IDEMPOTENCY_KEY = "idempotency-key"
 IDEMPOTENCY_KEY_CHARACTERS_MAX = 255

@@ -11,12 +11,8 @@ from hypothesis import strategies as st
 
 from edge.config import EdgeConfig
 from edge.quota import Quota, give_back, spend
-from edge.quota_store import (
-    FallbackQuotaStore,
-    LocalQuotaStore,
-    ValkeyQuotaStore,
-    open_valkey,
-)
+from edge.quota_store import LocalQuotaStore
+from edge.quota_valkey import FallbackQuotaStore, ValkeyQuotaStore, open_valkey
 from shared.clock import SystemClock
 from tests.fakes import ManualClock
 from tests.integration.edge.behind import KNOWN
