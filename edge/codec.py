@@ -6,9 +6,9 @@ in descriptors while a request is served.
 
 Stricter than google.protobuf.json_format, which misses 12 cases of the conformance
 suite: booleans are never numbers or enums, one field under two spellings is refused,
-times follow RFC 3339 to the letter. Duplicate keys, NUL in strings and bare 64-bit numbers
-beyond 2^53 are refused, and so are unknown fields unless the contract has them ignored.
-Extensions that the contracts know are read and written under "[their.full.name]".
+times follow RFC 3339 to the letter. Duplicate keys and NUL in strings are refused, and so
+are unknown fields unless the contract has them ignored. Extensions that the contracts know
+are read and written under "[their.full.name]".
 """
 
 import operator
@@ -20,7 +20,7 @@ from typing import Any, cast
 import orjson
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError, EncodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from edge import well_known
@@ -32,6 +32,7 @@ from edge.fields import (
     is_map,
     is_null_value,
     map_fields,
+    may_not_parse,
 )
 from edge.ignored import Ignored
 from edge.json_text import InexactNumberError, Wrong, parse_json
@@ -80,6 +81,7 @@ class MessageCodec:
     Attributes:
         into: fills a message from a JSON value; raises Wrong.
         to_json: makes the JSON value of a message; raises ValueError for what JSON cannot write.
+        may_not_parse: whether a filled message must still be proved by `require_parsable`.
     """
 
     into: Into
@@ -88,6 +90,7 @@ class MessageCodec:
     def __init__(self, descriptor: Descriptor) -> None:
         self.descriptor = descriptor
         self.message_class: type[Message] = GetMessageClass(descriptor)
+        self.may_not_parse = may_not_parse(descriptor)
 
     def message_of_json(self, text: bytes) -> Message:
         """Read one JSON document.
@@ -97,6 +100,8 @@ class MessageCodec:
         """
         message = self.message_class()
         read_json(self.into, message, text)
+        if self.may_not_parse:
+            require_parsable(message)
         return message
 
     def json_of_message(self, message: Message) -> bytes:
@@ -456,6 +461,8 @@ class Codecs:
                 raise Wrong("must be the URL of a type of these contracts", "@type")
             inner = codec.message_class()
             codec.into(inner, _any_content(codec, value))
+            if codec.may_not_parse:
+                require_parsable(inner)
             message.type_url = type_url
             message.value = inner.SerializePartialToString(deterministic=True)
 
@@ -534,6 +541,21 @@ def _refuse_shared_json_names(descriptor: Descriptor) -> None:
         if other is not field:
             both = f"{other.full_name} and {field.full_name}"
             raise ContractError(f"{both} have one JSON name: give one of them another json_name")
+
+
+def require_parsable(message: AnyMessage) -> None:
+    """Refuse what the service could not read, before it is sent.
+
+    Raises:
+        Wrong: a required field is missing (told in proto names), or it is too deep.
+    """
+    missing = message.FindInitializationErrors()
+    if missing:
+        raise Wrong.of_field(missing[0], "is required")
+    try:
+        type(message).FromString(message.SerializeToString())
+    except (EncodeError, DecodeError):
+        raise Wrong("is nested deeper than messages may be") from None
 
 
 def _any_content(codec: MessageCodec, value: dict[str, Any]) -> JsonValue:

@@ -59,3 +59,32 @@ def fields_by_any_name(message: Descriptor) -> Mapping[str, FieldDescriptor]:
     """
     by_json_name = {field.json_name: field for field in message.fields}
     return {field.name: field for field in message.fields} | by_json_name
+
+
+def may_not_parse(message: Descriptor) -> bool:
+    """Whether a message of this type can be made that parsers refuse.
+
+    Its bytes are refused where a required field is missing, or where messages stand deeper
+    inside each other than 100 levels; only a type that holds itself can get there. What an
+    extension holds is not known here.
+    """
+    finished: set[str] = set()
+
+    def visit(descriptor: Descriptor, above: frozenset[str]) -> bool:
+        name = descriptor.full_name
+        if name in above:
+            return True
+        if name in finished:
+            return False
+        if descriptor.is_extendable:
+            return True
+        inside = above | {name}
+        for field in descriptor.fields:
+            if field.is_required or (
+                field.message_type is not None and visit(field.message_type, inside)
+            ):
+                return True
+        finished.add(name)
+        return False
+
+    return visit(message, frozenset())

@@ -30,9 +30,9 @@ _HTML_EVENTS = "https://html.spec.whatwg.org/multipage/server-sent-events.html"
 
 _ABOUT = """\
 A REST call becomes one gRPC call. JSON follows the proto3 mapping: names in lowerCamelCase
-(names of the contracts are read too), 64-bit integers as strings (bare numbers are read up
-to 2^53), times by RFC 3339, bytes in base64. Unknown fields and parameters, and a field
-given twice, are refused. Answers hold fields at their default, such as "" and 0; unset
+(names of the contracts are read too), 64-bit integers as strings (bare numbers are read
+too), times by RFC 3339, bytes in base64. Unknown fields and parameters, and a field given
+twice, are refused. Answers hold fields at their default, such as "" and 0; unset
 messages and optional fields are left out.
 """
 

@@ -41,7 +41,7 @@ _INTEGER_32: Schema = {"type": "integer", "format": "int32"}
 _UNSIGNED_32: Schema = {"type": "integer", "format": "int64", "minimum": 0, "maximum": 2**32 - 1}
 _FLOAT: Schema = {"type": "number", "format": "float"}
 _DOUBLE: Schema = {"type": "number", "format": "double"}
-# proto JSON writes 64-bit integers as strings; bare numbers are read up to 2^53.
+# proto JSON writes 64-bit integers as strings; bare numbers are read as well.
 _INTEGER_64: Schema = {"type": "string", "format": "int64", "pattern": "^-?[0-9]+$"}
 _UNSIGNED_64: Schema = {"type": "string", "format": "uint64", "pattern": "^[0-9]+$"}
 

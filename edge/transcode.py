@@ -6,7 +6,6 @@ another; here a field may come from two only with the same value, and an unknown
 doubly set field is refused by its JSON name. A contract may have unknown names ignored.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -15,7 +14,7 @@ import orjson
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from edge.codec import MessageCodec, Setter, codecs_of, read_json
+from edge.codec import MessageCodec, Setter, codecs_of, read_json, require_parsable
 from edge.fields import AnyMessage, JsonValue, descriptor_of
 from edge.ignored import Ignored
 from edge.json_text import Wrong
@@ -45,7 +44,6 @@ class Plan:
         taken: proto paths that a query parameter must not touch.
         update_mask: checks or makes the field mask of an update; None if there is none.
         ignored: learns of unknown names where the contract ignores them; None refuses them.
-        has_required: whether a field that the wire format requires may be missing.
     """
 
     request: MessageCodec
@@ -57,7 +55,6 @@ class Plan:
     taken: frozenset[tuple[str, ...]]
     update_mask: UpdateMask | None
     ignored: Ignored | None
-    has_required: bool
 
 
 def request_message(
@@ -90,8 +87,8 @@ def request_message(
             _read_query(route, plan, message, query_string)
         if plan.update_mask is not None:
             plan.update_mask.complete(message, document)
-        if plan.has_required and not message.IsInitialized():
-            raise _missing(message)
+        if plan.request.may_not_parse:
+            require_parsable(message)
     except Wrong as wrong:
         raise invalid_request(wrong) from None
     return message
@@ -171,34 +168,11 @@ def plan_of(route: Route) -> Plan:
         taken=frozenset(taken),
         update_mask=update_mask_of(route),
         ignored=codecs.ignored if is_lenient else None,
-        has_required=any(_requires_fields(message) for message in _messages_within(request)),
     )
 
 
 def _is_http_body(message: Descriptor | None) -> bool:
     return message is not None and message.full_name == HTTP_BODY
-
-
-def _messages_within(message: Descriptor) -> Iterator[Descriptor]:
-    """A message and all that its fields may hold."""
-    seen, waiting = {message.full_name}, [message]
-    while waiting:
-        yield (current := waiting.pop())
-        inner = [field.message_type for field in current.fields if field.message_type is not None]
-        for found in inner:
-            if found.full_name not in seen:
-                seen.add(found.full_name)
-                waiting.append(found)
-
-
-def _requires_fields(message: Descriptor) -> bool:
-    # An extension may hold anything.
-    return message.is_extendable or any(field.is_required for field in message.fields)
-
-
-def _missing(message: AnyMessage) -> Wrong:
-    """What proto2 requires and the request does not have: the wire format could not carry it."""
-    return Wrong.of_field(message.FindInitializationErrors()[0], "is required")
 
 
 def _read_body(
