@@ -12,10 +12,9 @@ from edge.fields import AnyMessage, descriptor_of
 from edge.http1 import HeaderList
 from edge.routes import NAME_FIELD, Route
 from edge.streams import choose_media_type
-from edge.transcode import HTTP_BODY, answer_type, response_json
+from edge.transcode import HTTP_BODY, JSON, answer_type, response_json
 from shared.rpc.policy import Access
 
-JSON = "application/json"
 OCTET_STREAM = b"application/octet-stream"
 OK, NO_CONTENT, NOT_MODIFIED = 200, 204, 304
 SUCCESS_STATUSES = (OK, 201, 202, NO_CONTENT)

@@ -19,7 +19,7 @@ from edge.exchange import Exchange, address_block
 from edge.fields import AnyMessage, descriptor_of
 from edge.problem import problem_of
 from edge.refusals import BodyTooLarge, UnsupportedMediaType
-from edge.transcode import plan_of, request_message, response_json, set_request_id
+from edge.transcode import JSON, plan_of, request_message, response_json, set_request_id
 from edge.upstream import Caller, Upstream
 from shared.errors import DeadlineExceeded, InvalidRequest, TenfoldError, Unimplemented
 from shared.rpc.policy import Idempotency
@@ -211,9 +211,11 @@ def _condition(exchange: Exchange, request: AnyMessage, answers: Answers) -> Con
 
 
 def _require_json(exchange: Exchange, content_type: str) -> None:
+    # Not application/merge-patch+json, even where a mask is made from the body: RFC 7396 would
+    # merge maps key by key, and a mask replaces them.
     media_type, _, parameters = content_type.partition(";")
-    if media_type.strip().lower() != "application/json":
-        raise UnsupportedMediaType("Send the body as application/json.")
+    if media_type.strip().lower() != JSON:
+        raise UnsupportedMediaType(f"Send the body as {JSON}.", headers={"accept": JSON})
     if parameters and not _CHARSET.fullmatch(parameters):
         raise UnsupportedMediaType("The only charset taken is utf-8.")
     if exchange.header("content-encoding") not in {"", "identity"}:

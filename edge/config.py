@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from edge.codec import CodecOptions
 from edge.quota import Quota
 
 
@@ -30,6 +31,15 @@ class EdgeConfig:
     connect: bool = field(
         default=True,
         metadata={"help": "whether RPC paths are answered, in the Connect protocol"},
+    )
+    json_emit_defaults: bool = field(
+        default=True, metadata={"help": "whether answers hold fields at their default"}
+    )
+    json_proto_names: bool = field(
+        default=False, metadata={"help": "whether answers name fields as the contracts do"}
+    )
+    json_pretty: bool = field(
+        default=False, metadata={"help": "whether answers are indented; streams never are"}
     )
     body_bytes_max: int = field(
         default=1024 * 1024, metadata={"help": "largest JSON body", "unit": "bytes", "min": 1}
@@ -97,6 +107,15 @@ class EdgeConfig:
     def origins(self) -> frozenset[str]:
         """cors_origins, one by one."""
         return frozenset(filter(None, (part.strip() for part in self.cors_origins.split(","))))
+
+    @property
+    def json(self) -> CodecOptions:
+        """How answers are written."""
+        return CodecOptions(
+            emit_defaults=self.json_emit_defaults,
+            proto_names=self.json_proto_names,
+            pretty=self.json_pretty,
+        )
 
     def quotas(self) -> dict[str, Quota]:
         """The quotas that contracts may name, by bucket."""

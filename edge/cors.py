@@ -14,6 +14,8 @@ ALLOWED_HEADERS = (
     "content-type",
     "grpc-timeout",
     "idempotency-key",
+    "if-match",
+    "if-none-match",
     "last-event-id",
     "traceparent",
     "x-request-id",
@@ -27,7 +29,9 @@ CONNECT_HEADERS = (
     "content-encoding",
 )
 EXPOSED_HEADERS = (
+    "etag",
     "idempotency-replayed",
+    "location",
     "ratelimit",
     "ratelimit-policy",
     "retry-after",

@@ -1,9 +1,9 @@
 """Field masks of updates: made from the body where the client gave none (AIP-134, AIP-161).
 
 A PATCH whose request has a FieldMask changes what its body names and nothing else: a value
-sets, null clears (RFC 7396). Paths descend into plain messages; maps, lists and well-known
-types are changed as a whole. What the path of the URL binds and the etag say which resource
-is meant, not what shall change, and are left out.
+sets, null clears. Paths descend into plain messages; maps, lists and well-known types are
+changed as a whole, so this is no JSON merge patch (RFC 7396). What the path of the URL
+binds and the etag say which resource is meant, not what shall change, and are left out.
 
 A mask that the client gives counts as it is, once each of its paths names a field: a service
 that skips a misspelt path would answer success and change nothing.

@@ -10,19 +10,23 @@ from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
+from edge.answer import NO_CONTENT, Answers, answers_of
+from edge.codec import CodecOptions
 from edge.contracts import Contracts
 from edge.fields import descriptor_of, is_map, map_fields, message_type
 from edge.problem import CONTENT_TYPE
 from edge.query import is_json_leaf, is_text_leaf
-from edge.routes import ANY_METHOD, Route, RouteTable
+from edge.routes import ANY_METHOD, DEFAULT_JSON, Route, RouteTable
 from edge.schemas import Schema, Schemas, is_required
 from edge.template import DOUBLE_STAR, STAR, Template, Variable
+from edge.transcode import plan_of
 from shared.rpc.policy import REQUEST_ID_FIELD, Access, Idempotency
 
 CURSOR_FIELD = "cursor"
 # How deep query parameters of nested messages are listed; the edge itself goes deeper.
 QUERY_LEVELS_MAX = 3
 
+_OPENAPI_METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
 _EVERY_METHOD = ("GET", "PUT", "POST", "DELETE", "PATCH")
 # OpenAPI ignores header parameters of these names: they are described elsewhere.
 _HEADERS_DESCRIBED_ELSEWHERE = {"accept", "content-type", "content-length", "authorization"}
@@ -31,14 +35,43 @@ _HTML_EVENTS = "https://html.spec.whatwg.org/multipage/server-sent-events.html"
 _ABOUT = """\
 A REST call becomes one gRPC call. JSON follows the proto3 mapping: names in lowerCamelCase
 (names of the contracts are read too), 64-bit integers as strings (bare numbers are read
-too), times by RFC 3339, bytes in base64. Unknown fields and parameters, and a field given
-twice, are refused. Answers hold fields at their default, such as "" and 0; unset
+too), times by RFC 3339, bytes in base64. Unknown fields and parameters, and a field
+given twice, are refused. """
+_ABOUT_NAMES = {
+    False: "",
+    True: """Answers name fields as the contracts do, not in lowerCamelCase. """,
+}
+_ABOUT_DEFAULTS = {
+    False: """Answers leave out fields at their default, such as "" and 0.
+""",
+    True: """Answers hold fields at their default, such as "" and 0; unset
 messages and optional fields are left out.
-"""
+""",
+}
+_IF_MATCH = {
+    "name": "If-Match",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "One entity tag: refused with 412 if the resource has changed since.",
+}
+_IF_NONE_MATCH = {
+    "name": "If-None-Match",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "Entity tags that the client has: answered with 304 if nothing has changed.",
+}
+_ETAG = {"schema": {"type": "string"}, "description": "The entity tag of the resource."}
+_LOCATION = {"schema": {"type": "string"}, "description": "Where the new resource is served."}
+_BYTES: Schema = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
 
 
 def openapi_document(
-    route_table: RouteTable, contracts: Contracts, *, title: str, version: str
+    route_table: RouteTable,
+    contracts: Contracts,
+    *,
+    title: str,
+    version: str,
+    json: CodecOptions = DEFAULT_JSON,
 ) -> dict[str, Any]:
     """Describe every route.
 
@@ -47,11 +80,12 @@ def openapi_document(
         contracts: for comments; without source info there are no descriptions.
         title: of the API.
         version: of the API, not of OpenAPI.
+        json: how answers are written.
 
     Returns:
         The document, made of plain dicts and lists, in a stable order.
     """
-    schemas = Schemas(contracts)
+    schemas = Schemas(contracts, proto_names=json.proto_names)
     paths: dict[str, dict[str, Any]] = {}
     tags: dict[str, str] = {}
     operation_ids: dict[str, int] = {}
@@ -63,14 +97,18 @@ def openapi_document(
         is_any = route.http_method == ANY_METHOD
         for http_method in _EVERY_METHOD if is_any else (route.http_method,):
             own = dict(operation, operationId=_operation_id(route, operation_ids))
-            paths.setdefault(path, {})[http_method.lower()] = own
+            paths.setdefault(path, {})[_path_item_key(http_method)] = own
     return {
         "openapi": "3.1.0",
-        "info": {"title": title, "version": version, "description": _ABOUT},
+        "info": {"title": title, "version": version, "description": _about(json)},
         "tags": [_with_description({"name": name}, text) for name, text in sorted(tags.items())],
         "paths": dict(sorted(paths.items())),
         "components": _components(schemas),
     }
+
+
+def _about(json: CodecOptions) -> str:
+    return _ABOUT + _ABOUT_NAMES[json.proto_names] + _ABOUT_DEFAULTS[json.emit_defaults]
 
 
 def openapi_path(template: Template) -> tuple[str, list[tuple[str, Variable]]]:
@@ -120,6 +158,12 @@ def _singular_ending(plural: re.Match[str]) -> str:
     return "y" if plural.group() == "ies" else ""
 
 
+def _path_item_key(http_method: str) -> str:
+    """Where a path tells of a method; OpenAPI 3.1 has no place for any but its own eight."""
+    name = http_method.lower()
+    return name if name in _OPENAPI_METHODS else f"x-{name}"
+
+
 def _operation_id(route: Route, seen: dict[str, int]) -> str:
     name = f"{route.method.service.rpartition('.')[2]}_{route.method.name}"
     seen[name] = seen.get(name, 0) + 1
@@ -135,6 +179,7 @@ class _Operation:
         self.request = descriptor_of(route.method.input)
         self.answer = descriptor_of(route.method.output)
         self.captured = {v.field_path.partition(".")[0] for v in route.template.variables}
+        self.answers = None if route.raw else answers_of(route)
 
     def describe(self, path: str, parameters: list[tuple[str, Variable]]) -> dict[str, Any]:
         comment = self.contracts.comment(f"{self.method.service}.{self.method.name}")
@@ -142,6 +187,9 @@ class _Operation:
         if comment:
             operation["summary"] = comment.split("\n\n")[0].replace("\n", " ")
             operation["description"] = comment
+        if self.method.options.ignore_unknown:
+            text = f"{comment}\n\nUnknown fields, enum names and parameters are ignored."
+            operation["description"] = text.strip()
         listed = [self.path_parameter(name, variable) for name, variable in parameters]
         listed += [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
@@ -182,9 +230,9 @@ class _Operation:
     def parameters_of_field(
         self, field: FieldDescriptor, prefix: str, level: int
     ) -> Iterator[Schema]:
-        name = prefix + (field.json_name or field.name)
+        name = prefix + self.schemas.name_of(field)
         if is_map(field):
-            if map_fields(field)[1].message_type is None:
+            if is_text_leaf(map_fields(field)[1]):
                 schema = self.schemas.of_field(field)
                 yield {"name": name, "in": "query", "style": "deepObject", "schema": schema}
         elif is_text_leaf(field):
@@ -214,6 +262,20 @@ class _Operation:
                     yield {"name": _header_case(name), "in": "header", "schema": {"type": "string"}}
         elif self.method.server_streaming and CURSOR_FIELD in self.request.fields_by_name:
             yield {"$ref": "#/components/parameters/LastEventId"}
+        if self.takes_if_match:
+            yield _IF_MATCH
+        if self.may_be_unchanged:
+            yield _IF_NONE_MATCH
+
+    @property
+    def takes_if_match(self) -> bool:
+        is_unary = not self.policy.is_stream
+        return is_unary and self.answers is not None and bool(self.answers.etags.request_fields)
+
+    @property
+    def may_be_unchanged(self) -> bool:
+        etags = self.answers.etags if self.answers is not None else None
+        return etags is not None and etags.is_answered and etags.is_read
 
     # --- bodies
 
@@ -225,37 +287,55 @@ class _Operation:
             fields = [field for field in self.request.fields if field.name not in skipped]
             schema = self.schemas.of_object(self.request, fields)
             schema.pop("description", None)  # the operation's own says it
-            return _json_body(schema, required=bool(schema.get("required")))
-        field = self.request.fields_by_name[self.route.body]
-        return _json_body(self.schemas.of_field(field), required=is_required(field))
+            required = bool(schema.get("required"))
+        else:
+            field = self.request.fields_by_name[self.route.body]
+            schema, required = self.schemas.of_field(field), is_required(field)
+        plan = plan_of(self.route)
+        if plan.takes_any_body:
+            return {"required": required, "content": _BYTES}
+        # A PATCH that names nothing to change is refused.
+        required = required or (plan.update_mask is not None and plan.update_mask.is_made)
+        return {"required": required, "content": {"application/json": {"schema": schema}}}
 
     def raw_body(self) -> Schema | None:
         if self.route.http_method in {"GET", "HEAD", "OPTIONS", "DELETE"}:
             return None
-        return {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}}
+        return {"content": _BYTES}
 
     def responses(self) -> dict[str, Any]:
         answers: dict[str, Any] = {}
-        if self.route.raw is not None:
+        if self.answers is None:
             answers["2XX"] = self.raw_response()
         else:
-            headers = {"X-Request-Id": {"$ref": "#/components/headers/XRequestId"}}
-            if self.policy.has_request_id:
-                replayed = {"$ref": "#/components/headers/IdempotencyReplayed"}
-                headers["Idempotency-Replayed"] = replayed
-            ok = {"description": "Done.", "headers": headers, "content": self.response_content()}
-            answers["200"] = ok
+            ok: Schema = {"description": "Done.", "headers": self.response_headers(self.answers)}
+            if self.answers.status != NO_CONTENT:
+                ok["content"] = self.response_content(self.answers)
+            answers[str(self.answers.status)] = ok
+        if self.may_be_unchanged:
+            answers["304"] = {"description": "Nothing has changed.", "headers": {"ETag": _ETAG}}
         for status in self.error_statuses():
             answers[status] = {"$ref": "#/components/responses/Problem"}
         answers["default"] = {"$ref": "#/components/responses/Problem"}
         return answers
 
-    def response_content(self) -> dict[str, Any]:
+    def response_headers(self, answers: Answers) -> dict[str, Any]:
+        headers: dict[str, Any] = {"X-Request-Id": {"$ref": "#/components/headers/XRequestId"}}
+        if self.policy.has_request_id:
+            replayed = {"$ref": "#/components/headers/IdempotencyReplayed"}
+            headers["Idempotency-Replayed"] = replayed
+        if answers.etags.is_answered:
+            headers["ETag"] = _ETAG
+        if self.route.served_at:
+            headers["Location"] = _LOCATION
+        return headers
+
+    def response_content(self, answers: Answers) -> dict[str, Any]:
         schema = self.schemas.of_message(self.answer)
         if self.route.response_body:
             schema = self.schemas.of_field(self.answer.fields_by_name[self.route.response_body])
         if not self.method.server_streaming:
-            return {"application/json": {"schema": schema}}
+            return {"application/json": {"schema": schema}} if answers.is_json else _BYTES
         return {
             "application/x-ndjson": {
                 "schema": schema,
@@ -276,7 +356,7 @@ class _Operation:
             "headers": {name: {"schema": {"type": "string"}} for name in names},
         }
         if self.route.http_method != "HEAD":
-            answer["content"] = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
+            answer["content"] = _BYTES
         return answer
 
     def error_statuses(self) -> list[str]:
@@ -287,6 +367,8 @@ class _Operation:
             statuses.append("404")
         if self.policy.idempotency in {Idempotency.KEYED, Idempotency.OPTIONAL}:
             statuses += ["409", "422"]
+        if self.takes_if_match:
+            statuses.append("412")
         return sorted(statuses)
 
     def security(self) -> list[dict[str, list[str]]]:
@@ -300,10 +382,6 @@ def _field_at(message: Descriptor, field_path: str) -> FieldDescriptor:
     for name in parents:
         message = message_type(message.fields_by_name[name])
     return message.fields_by_name[last]
-
-
-def _json_body(schema: Schema, *, required: bool) -> Schema:
-    return {"required": required, "content": {"application/json": {"schema": schema}}}
 
 
 def _header_case(name: str) -> str:

@@ -67,12 +67,17 @@ _SCALARS: dict[int, Schema] = {
 class Schemas:
     """Collects the schemas that a document refers to.
 
+    Args:
+        contracts: for comments.
+        proto_names: whether fields are named as the contracts do.
+
     Attributes:
         components: by name; complete once every reference has been asked for.
     """
 
-    def __init__(self, contracts: Contracts) -> None:
+    def __init__(self, contracts: Contracts, *, proto_names: bool = False) -> None:
         self._contracts = contracts
+        self._proto_names = proto_names
         self.components: dict[str, Schema] = {}
 
     def of_message(self, message: Descriptor) -> Schema:
@@ -92,11 +97,15 @@ class Schemas:
         comment = self._contracts.comment(message.full_name)
         if comment:
             schema["description"] = comment
-        schema["properties"] = {field.json_name: self.of_field(field) for field in fields}
-        required = [field.json_name for field in fields if is_required(field)]
+        schema["properties"] = {self.name_of(field): self.of_field(field) for field in fields}
+        required = [self.name_of(field) for field in fields if is_required(field)]
         if required:
             schema["required"] = required
         return schema
+
+    def name_of(self, field: FieldDescriptor) -> str:
+        """What answers call a field; requests may use its JSON name and its proto name."""
+        return field.name if self._proto_names else field.json_name
 
     def of_field(self, field: FieldDescriptor) -> Schema:
         """The schema of a field, with its comment and rules."""
@@ -143,7 +152,7 @@ class Schemas:
 def is_required(field: FieldDescriptor) -> bool:
     """Whether a request without this field is refused by the contract's rules."""
     rules = field.GetOptions().Extensions[validate_pb2.field]
-    if rules.required:
+    if rules.required or field.is_required:
         return True
     if field.has_presence:
         return False

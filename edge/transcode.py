@@ -25,6 +25,7 @@ from edge.well_known import ToJson
 from shared.errors import Internal, InvalidRequest
 
 HTTP_BODY = "google.api.HttpBody"
+JSON = "application/json"
 NAME_CHARACTERS_TOLD_MAX = 64
 # More routes than any contract set has; old contracts leave the cache after a swap.
 _PLANS_MAX = 4096

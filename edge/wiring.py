@@ -14,6 +14,7 @@ from edge.app import Document, EdgeApp, Limits, Parts
 from edge.auth import Authenticator
 from edge.calls import CallLimits, Calls
 from edge.charges import Charges, prices_of
+from edge.codec import CodecOptions
 from edge.config import EdgeConfig
 from edge.connect_calls import ConnectCalls
 from edge.contracts import ContractError, Contracts, load_contracts
@@ -59,7 +60,7 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
         ContractError: the contracts cannot be served.
     """
     contracts = _contracts(config)
-    routes = RouteTable.of_contracts(contracts, serves_connect=config.connect)
+    routes = RouteTable.of_contracts(contracts, serves_connect=config.connect, json=config.json)
     for route in routes.all_routes:  # compiled now, so that no request pays
         plan_of(route)
     for route in routes.routes:
@@ -100,7 +101,7 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
                     _own_conditions(authenticator),
                 ),
                 open_streams=open_streams,
-                documents=_documents(routes, contracts),
+                documents=_documents(routes, contracts, config.json),
                 authenticator=authenticator,
                 trusted_hops=config.trusted_hops,
             )
@@ -160,10 +161,12 @@ def _own_conditions(authenticator: Authenticator | None) -> dict[str, Callable[[
     return {"edge (revocations, signing keys)": lambda: authenticator.is_ready}
 
 
-def _documents(routes: RouteTable, contracts: Contracts) -> dict[bytes, Document]:
+def _documents(
+    routes: RouteTable, contracts: Contracts, json: CodecOptions
+) -> dict[bytes, Document]:
     """The OpenAPI document and the reference, made once."""
     version = importlib.metadata.version("tenfold")
-    openapi = openapi_document(routes, contracts, title="Tenfold", version=version)
+    openapi = openapi_document(routes, contracts, title="Tenfold", version=version, json=json)
     headers = ((b"content-type", b"application/json"), (b"cache-control", b"no-cache"))
     documents = {OPENAPI_PATH: Document(headers, orjson.dumps(openapi))}
     for path, file in docs_files().items():
