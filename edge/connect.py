@@ -24,6 +24,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from edge.binary import message_of_bytes
+from edge.codec import read_json
 from edge.exchange import Exchange
 from edge.fields import descriptor_of
 from edge.gzipped import compress, decompress, is_worth_compressing
@@ -33,7 +34,7 @@ from edge.query import parse_query
 from edge.refusals import BodyTooLarge, HttpRefusal, RequestTimeout, UnsupportedMediaType
 from edge.routes import Route
 from edge.scalars import decode_bytes
-from edge.transcode import invalid_request, plan_of, response_json
+from edge.transcode import complete, invalid_request, plan_of, response_json
 from shared.errors import Internal, InvalidRequest, TenfoldError, Unimplemented, Violation
 from shared.rpc.status import code_of, status_of
 
@@ -98,10 +99,14 @@ class JsonCodec:
 
     def decode(self, route: Route, data: bytes) -> Message:
         """See Codec.decode."""
+        plan = plan_of(route)
         try:
-            return plan_of(route).request.message_of_json(data)
+            message = plan.request.message_class()
+            read_json(plan.request.into, message, data)
+            complete(plan, message)
         except Wrong as wrong:
             raise invalid_request(wrong) from None
+        return message
 
     def encode(self, route: Route, message: Message) -> bytes:
         """See Codec.encode."""
@@ -116,9 +121,11 @@ class BinaryCodec:
     def decode(self, route: Route, data: bytes) -> Message:
         """See Codec.decode."""
         try:
-            return message_of_bytes(route.method.input, data)
+            message = message_of_bytes(route.method.input, data)
+            complete(plan_of(route), message)
         except Wrong as wrong:
             raise invalid_request(wrong) from None
+        return message
 
     def encode(self, _: Route, message: Message) -> bytes:
         """See Codec.encode."""

@@ -27,6 +27,7 @@ from edge.connect import (
 )
 from edge.exchange import Exchange
 from edge.gzipped import compress, decompress, is_worth_compressing
+from edge.refusals import PreconditionUnsupported
 from edge.upstream import Upstream
 from shared.errors import Unimplemented
 
@@ -49,6 +50,10 @@ class ConnectCalls:
         """See Calls.make."""
         method = exchange.call.method
         require_version(exchange.header("connect-protocol-version"))
+        if b"if-match" in exchange.headers:  # to ignore it would overwrite
+            raise PreconditionUnsupported(
+                "Over Connect the message carries the etag, not If-Match."
+            )
         if method.client_streaming:
             codec_of(exchange.header("content-type"), STREAM_TYPES)
             message = "Client streams are not served over HTTP/1.1: call the service by gRPC."

@@ -133,7 +133,7 @@ class RouteTable:
         Args:
             contracts: what is served.
             serves_connect: whether RPC paths are answered, in the Connect protocol.
-            json: how answers are written.
+            json: how answers of REST are written; Connect's are always the default.
 
         Raises:
             ContractError: a template, a variable or a body does not fit its message, or two
@@ -143,10 +143,10 @@ class RouteTable:
             contracts = Contracts(contracts)
         reachable = [method for method in contracts.methods() if method.is_reachable]
         routes = [route for method in reachable for route in _routes_of(method)]
-        connect_routes = [route for method in reachable for route in _connect_routes_of(method)]
+        connect_routes = (route for method in reachable for route in _connect_routes_of(method))
         return cls(
             [replace(route, json=json, served_at=_served_at(route, routes)) for route in routes],
-            [replace(route, json=json) for route in connect_routes] if serves_connect else (),
+            connect_routes if serves_connect else (),
         )
 
     @property
@@ -309,7 +309,7 @@ def _connect_routes_of(method: MethodInfo) -> Iterator[Route]:
     if not is_meant and method.policy.access is Access.NOBODY:
         return
     template = _template(method.full_name, method)
-    yield Route("POST", template, method, is_connect=True)
+    yield Route("POST", template, method, body="*", is_connect=True)
     is_unary = not (method.client_streaming or method.server_streaming)
     if is_unary and not method.has_side_effects:
         yield Route("GET", template, method, is_connect=True)

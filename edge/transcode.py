@@ -86,13 +86,27 @@ def request_message(
             _set_captured(message, plan.variables[field_path], text)
         if query_string:
             _read_query(route, plan, message, query_string)
-        if plan.update_mask is not None:
-            plan.update_mask.complete(message, document)
-        if plan.request.may_not_parse:
-            require_parsable(message)
+        complete(plan, message, document)
     except Wrong as wrong:
         raise invalid_request(wrong) from None
     return message
+
+
+def complete(plan: Plan, message: AnyMessage, document: JsonValue = None) -> None:
+    """Check, or make, what a request needs beside the fields that it was given.
+
+    Args:
+        plan: of its route.
+        message: the request.
+        document: the JSON of its body, for a mask that is made from it.
+
+    Raises:
+        Wrong: its mask names no field, or the service could not read the message.
+    """
+    if plan.update_mask is not None:
+        plan.update_mask.complete(message, document)
+    if plan.request.may_not_parse:
+        require_parsable(message)
 
 
 def response_json(route: Route, message: Message, *, pretty: bool = False) -> bytes:

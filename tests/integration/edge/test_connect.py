@@ -251,6 +251,12 @@ async def test_a_get_that_is_no_request_is_refused_by_name(edge, query, status, 
     assert field in answer.json()["message"]
 
 
+async def test_if_match_is_refused_and_not_ignored(edge):
+    headers = {**edge.bearer(), "if-match": '"1"'}
+    answer = await edge.client.post(GET_ACCOUNT, json={"name": KNOWN}, headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (400, "invalid_argument")
+
+
 # Idempotency and time
 async def test_the_idempotency_key_header_fills_request_id_here_too(edge):
     headers = {**edge.bearer(), "idempotency-key": str(uuid4())}

@@ -1,6 +1,7 @@
 import base64
 import gzip
 import struct
+from pathlib import Path
 
 import orjson
 import pytest
@@ -26,6 +27,7 @@ from edge.refusals import BodyTooLarge, RequestTimeout, UnsupportedMediaType
 from edge.routes import RouteTable
 from shared import errors
 from shared.errors import InvalidRequest, TenfoldError, Unimplemented, Violation
+from tests.protos import compile_protos
 
 CODES = {
     errors.InvalidRequest: "invalid_argument",
@@ -96,6 +98,35 @@ def test_when_to_come_back_is_a_detail(route):
     [retry] = [d for d in details(document) if d.DESCRIPTOR.name == "RetryInfo"]
     assert retry.retry_delay.ToMilliseconds() == 1500
     assert document["details"][-1]["debug"] == {"retryDelay": "1.500s"}
+
+
+# Requests
+@pytest.mark.parametrize(
+    ("codec", "data"),
+    [
+        ("json", b'{"book": {"title": "x"}, "updateMask": "title,pages"}'),
+        ("proto", b"\x0a\x03\x12\x01x\x12\x05\x0a\x03foo"),
+    ],
+)
+def test_a_mask_that_names_no_field_is_refused_in_either_codec(library, codec, data):
+    route = library.match("POST", "/library.v1.Library/UpdateBook").route
+    with pytest.raises(InvalidRequest, match=r"updateMask: '(pages|foo)' names no field"):
+        CODECS[codec].decode(route, data)
+
+
+def test_a_mask_is_never_made_from_a_message(library):
+    route = library.match("POST", "/library.v1.Library/UpdateBook").route
+    request = CODECS["json"].decode(route, b'{"book": {"title": "x"}}')
+    assert not request.HasField("update_mask")
+
+
+@pytest.mark.parametrize(("codec", "data"), [("json", b'{"next": {"text": "x"}}'), ("proto", b"")])
+def test_what_proto2_requires_is_missed_by_name(tmp_path, codec, data):
+    cases = Path(__file__).parents[2] / "integration" / "edge" / "cases"
+    table = RouteTable.of_contracts(compile_protos(cases, tmp_path))
+    [route] = [r for r in table.connect_routes if r.method.name == "PutStrict"]
+    with pytest.raises(InvalidRequest, match="text: is required"):
+        CODECS[codec].decode(route, data)
 
 
 # Content types
