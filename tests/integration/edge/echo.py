@@ -88,7 +88,9 @@ class Echo(grpc.GenericRpcHandler):
             yield message
         failure = self.script.failure
         if failure is not None:
-            details = [(STATUS_DETAILS_KEY, failure.SerializeToString())] if failure.details else []
+            details = (
+                ((STATUS_DETAILS_KEY, failure.SerializeToString()),) if failure.details else ()
+            )
             await context.abort(CODES[failure.code], failure.message, details)
 
 

@@ -104,6 +104,11 @@ async def start_edge(stack: AsyncExitStack, image: Path, upstreams: str, valkey_
     return await stack.enter_async_context(serving(app, config, listener))
 
 
+def test_each_case_has_a_name_of_its_own() -> None:
+    names = [param.id for param in CASE_LIST]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.parametrize("case", CASE_LIST)
 async def test_case(bench: Bench, case: Case) -> None:
     bench.echo.follow(bench.script(case))
