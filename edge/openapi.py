@@ -473,7 +473,12 @@ _PROBLEM: Schema = {
                 "properties": {
                     "field": _TEXT | {"description": "Its path in JSON names: entries[0].amount."},
                     "description": _TEXT,
-                    "pointer": _TEXT | {"description": "Into the body (RFC 6901): #/entries/0."},
+                    "in": {"type": "string", "enum": ["path", "query", "body"]},
+                    "pointer": _TEXT
+                    | {
+                        "description": "RFC 6901: into the body, #/entries/0; of a parameter, "
+                        "from the request message, /pageSize."
+                    },
                 },
             },
         },

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 import orjson
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -50,6 +51,7 @@ _PATH_PART = re.compile(
     r"\.?([A-Za-z_@][A-Za-z0-9_]*)"  # a field
     r"|\[([0-9]+)\]"  # an element
     r'|\["((?:[^"\\]|\\.)*)"\]'  # a map entry
+    r'|\[([^"\[\]]*)\]'  # the same, as parameters have it
 )
 
 
@@ -138,14 +140,14 @@ def json_field(path: str, message: Descriptor | None) -> tuple[str, str]:
         found = _PATH_PART.match(path, at)
         if found is None:
             return path, ""
-        name, index, key = found.groups()
+        name, *keys = found.groups()
         at = found.end()
         if name is not None:
             name, message = _json_name(name, message)
             text += f".{name}" if text else name
         else:
             text += found.group()
-        token = next(part for part in (name, index, key) if part is not None)
+        token = next(part for part in (name, *keys) if part is not None)
         pointer += "/" + token.replace("~", "~0").replace("/", "~1")
     return text, pointer
 
@@ -170,36 +172,36 @@ def _violation(violation: Violation, route: Route | None) -> dict[str, str]:
     message = descriptor_of(route.method.input) if route is not None else None
     name, pointer = json_field(violation.field, message)
     told = {"field": name, "description": violation.description}
-    in_body = _pointer_into_body(pointer, route)
-    if in_body:
-        # As a URI fragment, the form that RFC 9457 shows.
-        told["pointer"] = f"#{in_body}"
+    if pointer and route is not None:
+        told["in"], told["pointer"] = _place_of(pointer, route)
     return told
 
 
-def _pointer_into_body(pointer: str, route: Route | None) -> str:
-    """The pointer within the HTTP body, "" if the field is not in it."""
-    if route is None or not route.body:
-        return ""
-    variables = {f"/{_json_pointer_of(v.field_path, route)}" for v in route.template.variables}
-    if pointer in variables:
-        return ""
+def _place_of(pointer: str, route: Route) -> tuple[str, str]:
+    """The part of the HTTP request that fills a field, and a JSON pointer to it.
+
+    Into the body it is a URI fragment, the form that RFC 9457 shows, from where the body
+    begins. For a parameter it is a plain pointer (RFC 6901), from the request message.
+    """
+    message = descriptor_of(route.method.input)
+    if route.raw is None:
+        variables = (variable.field_path for variable in route.template.variables)
+        if pointer in {json_field(path, message)[1] for path in variables}:
+            return "path", pointer
     if route.body == "*":
-        return pointer
-    body_name = descriptor_of(route.method.input).fields_by_name[route.body].json_name
-    prefix = f"/{body_name}"
-    return pointer.removeprefix(prefix) if pointer.startswith(f"{prefix}/") else ""
-
-
-def _json_pointer_of(field_path: str, route: Route) -> str:
-    return json_field(field_path, descriptor_of(route.method.input))[1].removeprefix("/")
+        return "body", f"#{pointer}"
+    if route.body:
+        body = "/" + message.fields_by_name[route.body].json_name
+        if pointer == body or pointer.startswith(f"{body}/"):
+            return "body", f"#{pointer.removeprefix(body)}"
+    return "query", pointer
 
 
 def _document(
     status: HTTPStatus, code: str, reason: str, detail: str, request_id: str
 ) -> dict[str, Any]:
     return {
-        "type": f"https://{ERROR_DOMAIN}/errors/{reason.lower().replace('_', '-')}",
+        "type": f"https://{ERROR_DOMAIN}/errors/{quote(reason.lower().replace('_', '-'))}",
         "title": status.phrase,
         "status": int(status),
         "detail": detail,

@@ -136,12 +136,15 @@ def error_of(code: grpc.StatusCode, message: str, details: bytes | None) -> Tenf
     parsed = _Details.parse(details)
     kind = _BY_CODE.get(code, errors.Internal)
     if kind in {errors.QuotaExceeded, errors.Overloaded}:
-        kind = errors.QuotaExceeded if parsed.is_quota else errors.Overloaded
+        # The core says the same code without a word when it is full; others mean quotas by it.
+        is_quota = parsed.is_quota or parsed.is_foreign
+        kind = errors.QuotaExceeded if is_quota else errors.Overloaded
     kind = _BY_REASON.get(parsed.reason, kind)
     text = parsed.message or _text_of_core(code, message)
     if issubclass(kind, InvalidRequest):
         refusal = kind(text, violations=parsed.violations, reason=parsed.reason or None)
         refusal.metadata.update(parsed.metadata or {})
+        refusal.retry_after_s = parsed.retry_after_s
         return refusal
     return kind(
         text,
@@ -170,28 +173,31 @@ class _Details:
     violations: tuple[Violation, ...] = ()
     retry_after_s: float | None = None
     is_quota: bool = False
+    is_foreign: bool = False
 
     @classmethod
     def parse(cls, details: bytes | None) -> "_Details":
         if not details:
             return cls()
-        try:
-            status = status_pb2.Status.FromString(details)
-        except DecodeError:
-            return cls()
         info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
         retry = error_details_pb2.RetryInfo()
-        for detail in status.details:
-            for target in (info, bad, retry):
-                if detail.Is(target.DESCRIPTOR):
-                    detail.Unpack(target)
-        delay_s = retry.retry_delay.ToNanoseconds() / 1e9
+        try:
+            status = status_pb2.Status.FromString(details)
+            for detail in status.details:
+                for target in (info, bad, retry):
+                    if detail.Is(target.DESCRIPTOR):
+                        detail.Unpack(target)
+        except DecodeError:
+            return cls()
+        delay = retry.retry_delay
+        delay_s = max(0.0, delay.seconds + delay.nanos / 1e9)
         return cls(
             message=status.message,
             reason=info.reason,
             metadata=dict(info.metadata),
             violations=tuple(Violation(v.field, v.description) for v in bad.field_violations),
             retry_after_s=delay_s if retry.HasField("retry_delay") else None,
+            is_foreign=bool(status.details) and info.domain != ERROR_DOMAIN,
             is_quota=any(
                 detail.Is(error_details_pb2.QuotaFailure.DESCRIPTOR) for detail in status.details
             ),

@@ -113,10 +113,11 @@ def test_violations_carry_json_names_and_pointers_into_the_body(table):
         {
             "field": "amount.minorUnits",
             "description": "too small",
+            "in": "body",
             "pointer": "#/amount/minorUnits",
         },
-        {"field": "account", "description": "unknown"},  # from the path, not in the body
-        {"field": "nothing_known", "description": "?", "pointer": "#/nothing_known"},
+        {"field": "account", "description": "unknown", "in": "path", "pointer": "/account"},
+        {"field": "nothing_known", "description": "?", "in": "body", "pointer": "#/nothing_known"},
     ]
 
 
@@ -126,10 +127,40 @@ def test_pointers_start_where_the_body_does(table):
     (violation,) = told(error, route)["violations"]
     assert violation["field"] == "transaction.entries[1].amount.minorUnits"
     assert violation["pointer"] == "#/entries/1/amount/minorUnits"
-    query = told(
-        InvalidRequest.of_field("page_size", "bad"), table.match("GET", "/v1/accounts").route
-    )
-    assert query["violations"] == [{"field": "pageSize", "description": "bad"}]
+    whole = InvalidRequest.of_field("transaction", "is required")
+    assert told(whole, route)["violations"][0]["pointer"] == "#"
+    beside = InvalidRequest.of_field("transactional", "?")
+    assert told(beside, route)["violations"][0]["in"] == "query"
+
+
+@pytest.mark.parametrize(
+    ("target", "field", "violation"),
+    [
+        ("/v1/things/x", "text", ("text", "path", "/text")),
+        ("/v1/things/x", "an_int64", ("anInt64", "query", "/anInt64")),
+        ("/v1/things/x", "inner.big_number", ("inner.bigNumber", "query", "/inner/bigNumber")),
+        ("/v1/things/x", "labels[a/b]", ("labels[a/b]", "query", "/labels/a~1b")),
+        ("/v1/things/x", "texts[1]", ("texts[1]", "query", "/texts/1")),
+        ("/v1/things/x", "nothing", ("nothing", "query", "/nothing")),
+        ("/v1/inners/i/things/5", "inner.text", ("inner.text", "path", "/inner/text")),
+        ("/v1/inners/i/things/5", "inner", ("inner", "query", "/inner")),
+    ],
+)
+def test_a_parameter_has_a_pointer_from_the_request_message(
+    everything_table, target, field, violation
+):
+    route = everything_table.match("GET", target).route
+    [found] = told(InvalidRequest.of_field(field, "bad"), route)["violations"]
+    assert (found["field"], found["in"], found["pointer"]) == violation
+
+
+def test_a_header_has_no_pointer_and_a_foreign_reason_is_no_broken_uri(table):
+    route = table.match("GET", "/v1/accounts").route
+    assert told(InvalidRequest.of_field("If-Match", "bad"), route)["violations"] == [
+        {"field": "If-Match", "description": "bad"}
+    ]
+    foreign = told(errors.NotFound("x", reason="NO SUCH<thing>"))
+    assert foreign["type"] == "https://tenfold.dev/errors/no%20such%3Cthing%3E"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import status_pb2
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
 from shared import errors
 from shared.errors import InvalidRequest, TenfoldError, Violation
@@ -74,6 +77,49 @@ def test_a_status_stays_below_what_metadata_may_hold() -> None:
     error = InvalidRequest("m" * 100_000, violations=violations)
     error.metadata.update({f"key-{n}": "v" * 1000 for n in range(1000)})
     assert len(status_of(error).details) < 12_000
+
+
+def foreign(*details, code=grpc.StatusCode.UNAVAILABLE):
+    status = status_pb2.Status(code=code.value[0], message="theirs")
+    for detail in details:
+        status.details.add().Pack(detail)
+    return error_of(code, "theirs", status.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("delay", "retry_after_s"),
+    [
+        (Duration(seconds=2, nanos=500_000_000), 2.5),
+        (Duration(), 0.0),
+        (Duration(seconds=-5), 0.0),
+        (Duration(seconds=2**63 - 1), float(2**63)),
+    ],
+)
+@pytest.mark.parametrize(
+    "code", [c for c in grpc.StatusCode if c is not grpc.StatusCode.OK], ids=lambda c: c.name
+)
+def test_the_delay_of_any_server_s_retry_info_is_kept(
+    code: grpc.StatusCode, delay: Duration, retry_after_s: float
+) -> None:
+    assert foreign(RetryInfo(retry_delay=delay), code=code).retry_after_s == retry_after_s
+
+
+def test_without_a_delay_nothing_is_made_up() -> None:
+    assert foreign().retry_after_s is None
+    assert foreign(RetryInfo()).retry_after_s is None
+
+
+def test_a_foreign_server_that_says_why_is_out_of_quota_not_full() -> None:
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert type(foreign(ErrorInfo(domain="other.example"), code=code)) is errors.QuotaExceeded
+    assert type(foreign(code=code)) is errors.Overloaded
+
+
+def test_details_that_do_not_parse_are_none() -> None:
+    status = status_pb2.Status(code=14, message="theirs")
+    status.details.add(type_url="type.googleapis.com/google.rpc.RetryInfo", value=b"\xff")
+    error = error_of(grpc.StatusCode.UNAVAILABLE, "", status.SerializeToString())
+    assert (type(error), error.retry_after_s) == (errors.Unavailable, None)
 
 
 def test_every_kind_of_the_family_has_a_code() -> None:
