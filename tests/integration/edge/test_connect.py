@@ -206,6 +206,34 @@ async def test_a_credential_is_needed_as_everywhere_else(edge):
     assert (answer.status_code, answer.json()["code"]) == (403, "permission_denied")
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [p for p in contract_policies().values() if p.access in {Access.USER, Access.ADMIN}],
+    ids=lambda policy: policy.path,
+)
+async def test_nobody_gets_in_without_a_credential(edge, policy):
+    content_type = STREAM_JSON if policy.is_stream else "application/json"
+    headers = {"content-type": content_type}
+    body = envelope(b"{}") if policy.is_stream else b"{}"
+    answer = await edge.client.post(policy.path, content=body, headers=headers)
+    error = end_of(answer)["error"] if policy.is_stream else answer.json()
+    assert error["code"] == "unauthenticated"
+
+
+async def test_a_call_leaves_one_line_in_the_log_as_over_rest(edge, capfd):
+    headers = {**edge.bearer(), "x-request-id": f"logged-{uuid4()}"}
+    await edge.client.post(GET_ACCOUNT, json={"name": KNOWN}, headers=headers)
+
+    def lines():
+        seen.append(capfd.readouterr().out)
+        return [line for line in "".join(seen).splitlines() if headers["x-request-id"] in line]
+
+    seen: list[str] = []
+    await eventually(lines)
+    [line] = map(json.loads, lines())
+    assert (line["method"], line["route"], line["status"]) == (GET_ACCOUNT, GET_ACCOUNT, 200)
+
+
 async def test_quotas_count_both_protocols_together(start_edge):
     config = EdgeConfig(api_points_per_s=0.1, api_burst_points=50, drain_s=1)
     async with start_edge(config) as edge:
