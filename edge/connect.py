@@ -14,6 +14,7 @@ import base64
 import re
 import struct
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -392,11 +393,10 @@ def _in_json_names(error: InvalidRequest, route: Route) -> InvalidRequest:
         Violation(json_field(violation.field, message)[0], violation.description)
         for violation in error.violations
     ]
-    text, prefix = error.message, f"{error.violations[0].field}: "
-    if text.startswith(prefix):  # InvalidRequest.of_field
-        text = f"{violations[0].field}: {text.removeprefix(prefix)}"
-    told = InvalidRequest(text, violations=violations, reason=error.error_reason)
-    told.metadata.update(error.metadata)
+    told, prefix = copy(error), f"{error.violations[0].field}: "
+    told.violations = tuple(violations)
+    if error.message.startswith(prefix):  # InvalidRequest.of_field
+        told.message = f"{violations[0].field}: {error.message.removeprefix(prefix)}"
     return told
 
 

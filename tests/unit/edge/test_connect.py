@@ -87,14 +87,20 @@ def test_an_internal_error_tells_nothing_of_itself(route):
 
 def test_violations_carry_the_names_that_javascript_knows(route):
     violations = [Violation("to_account", "is needed"), Violation("amount.minor_units", "is odd")]
-    document = told(InvalidRequest("to_account: is needed", violations=violations), route)
+    error = errors.IdempotencyKeyReused("to_account: is needed", violations=violations)
+    document = told(error, route)
     assert document["message"] == "toAccount: is needed"
+    assert details(document)[0].reason == "IDEMPOTENCY_KEY_REUSED"
+    assert error.violations == tuple(violations)
     [bad] = [d for d in details(document) if d.DESCRIPTOR.name == "BadRequest"]
     assert [v.field for v in bad.field_violations] == ["toAccount", "amount.minorUnits"]
 
 
-def test_when_to_come_back_is_a_detail(route):
-    document = told(errors.Unavailable("later", retry_after_s=1.5), route)
+@pytest.mark.parametrize("kind", [errors.Unavailable, InvalidRequest])
+def test_when_to_come_back_is_a_detail(route, kind):
+    error = kind("later")
+    error.retry_after_s = 1.5
+    document = told(error, route)
     [retry] = [d for d in details(document) if d.DESCRIPTOR.name == "RetryInfo"]
     assert retry.retry_delay.ToMilliseconds() == 1500
     assert document["details"][-1]["debug"] == {"retryDelay": "1.500s"}
