@@ -41,6 +41,7 @@ from shared.errors import (
 CLIENT_LEFT_STATUS = 499
 OVERLOADED_RETRY_AFTER_S = 0.5
 
+_HEALTH_PATHS = frozenset({b"/healthz", b"/readyz"})
 _log = log.get_logger("edge")
 
 # The header with the client's deadline, and what reads it.
@@ -110,18 +111,6 @@ class EdgeApp:
         self._parts = parts
         self._in_flight = 0
         self._is_draining = False
-        # The path of a request, in order. A step refuses by raising, and ends the path by
-        # answering.
-        self._steps: tuple[Step, ...] = (
-            self._admit,
-            self._serve_own,
-            self._find_route,
-            self._bound_time,
-            self._authenticate,
-            self._authorize,
-            self._charge,
-            self._call,
-        )
 
     def drain(self) -> None:
         """Say "not ready" from now on, and end open streams; requests in flight go on."""
@@ -139,17 +128,15 @@ class EdgeApp:
             await self._serve(exchange)
         finally:
             self._in_flight -= 1
-            _write_line(exchange)
+            if log.writes_requests():
+                _write_line(exchange)
         if exchange.charge is not None:
             await self._parts.charges.settle(exchange.charge)
 
     async def _serve(self, exchange: Exchange) -> None:
         """The boundary: whatever happens inside, the client gets one answer."""
         try:
-            for step in self._steps:
-                await step(exchange)
-                if exchange.is_answered:
-                    return
+            await self._answer(exchange)
         except ClientLeft:
             exchange.status = CLIENT_LEFT_STATUS
         except TenfoldError as error:
@@ -179,8 +166,22 @@ class EdgeApp:
         except ClientLeft:
             exchange.status = CLIENT_LEFT_STATUS
 
+    async def _answer(self, exchange: Exchange) -> None:
+        """The path of a request: the steps, in their order. A step refuses by raising."""
+        self._admit(exchange)
+        if self._is_own(exchange.raw_path):
+            await self._serve_own(exchange)
+        elif not self._find_route(exchange):
+            await self._answer_options(exchange)
+        else:
+            self._bound_time(exchange)
+            await self._authenticate(exchange)
+            self._authorize(exchange)
+            await self._charge(exchange)
+            await self._call(exchange)
+
     # The steps, in their order
-    async def _admit(self, exchange: Exchange) -> None:
+    def _admit(self, exchange: Exchange) -> None:
         """Refuse what is too much before anything is spent on it."""
         if self._in_flight > self._parts.limits.requests_max:
             raise Overloaded("The edge is full.", retry_after_s=OVERLOADED_RETRY_AFTER_S)
@@ -192,17 +193,18 @@ class EdgeApp:
                 message, retry_after_s=verdict.retry_after_s, metadata={"quota": quota.name}
             )
 
+    def _is_own(self, path: bytes) -> bool:
+        return path in self._parts.documents or path in _HEALTH_PATHS
+
     async def _serve_own(self, exchange: Exchange) -> None:
         """Health, the OpenAPI document and the reference; nothing of a service."""
         path = exchange.raw_path
+        _require_get(exchange)
         if path == b"/healthz":
-            _require_get(exchange)
             await exchange.respond(200, _text(b"no-store"), b"ok\n")
         elif path == b"/readyz":
-            _require_get(exchange)
             await self._serve_readiness(exchange)
-        elif path in self._parts.documents:
-            _require_get(exchange)
+        else:
             document = self._parts.documents[path]
             await exchange.respond(200, document.headers, document.body)
 
@@ -219,26 +221,32 @@ class EdgeApp:
             reason="NOT_READY",
         )
 
-    async def _find_route(self, exchange: Exchange) -> None:
-        """Which method answers; preflights, OPTIONS and HEAD come from the table, too."""
-        if is_preflight(exchange):
-            await self._answer_preflight(exchange)
-            return
-        method, path = exchange.method, exchange.raw_path
-        found = self._parts.routes.match(method, path)
+    def _find_route(self, exchange: Exchange) -> bool:
+        """Which method answers; False for OPTIONS, which the table itself answers."""
+        method = exchange.method
+        if method == "OPTIONS" and is_preflight(exchange):
+            return False
+        found = self._parts.routes.match(method, exchange.raw_path)
         if isinstance(found, Match):
             route = found.route
             if method == "HEAD" != route.http_method and route.method.server_streaming:
                 raise _not_allowed(("GET",))
-            exchange.route, exchange.captures = found.route, found.captures
+            exchange.route, exchange.captures = route, found.captures
             exchange.answer_headers = self._parts.cors.answer_headers(exchange)
-        elif not found.allowed_methods:
+            return True
+        if not found.allowed_methods:
             raise NotFound("Nothing is served at this path.", reason="ROUTE_NOT_FOUND")
-        elif method == "OPTIONS":
-            allowed = _allow(found.allowed_methods).encode()
-            await exchange.respond(204, [(b"allow", allowed)])
+        if method == "OPTIONS":
+            exchange.answer_headers = [(b"allow", _allow(found.allowed_methods).encode())]
+            return False
+        raise _not_allowed(found.allowed_methods)
+
+    async def _answer_options(self, exchange: Exchange) -> None:
+        """What a page's browser may ask for, or which methods there are."""
+        if is_preflight(exchange):
+            await self._answer_preflight(exchange)
         else:
-            raise _not_allowed(found.allowed_methods)
+            await exchange.respond(204, [])
 
     async def _answer_preflight(self, exchange: Exchange) -> None:
         headers = self._parts.cors.preflight_headers(exchange)
@@ -247,7 +255,7 @@ class EdgeApp:
         else:
             await exchange.respond(204, headers)
 
-    async def _bound_time(self, exchange: Exchange) -> None:
+    def _bound_time(self, exchange: Exchange) -> None:
         """The deadline runs from the first byte of the request."""
         route = exchange.call
         policy = route.method.policy
@@ -264,7 +272,7 @@ class EdgeApp:
         if self._parts.authenticator is not None:
             exchange.principal = await self._parts.authenticator.principal_of(exchange)
 
-    async def _authorize(self, exchange: Exchange) -> None:
+    def _authorize(self, exchange: Exchange) -> None:
         if self._parts.authenticator is not None:
             authorize(exchange.call.method.policy, exchange.principal)
 

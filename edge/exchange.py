@@ -7,7 +7,9 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from uuid import uuid4
+from functools import lru_cache
+from itertools import count
+from secrets import randbits, token_hex
 
 from edge.charges import Charge
 from edge.http1 import HeaderList, Http1Request
@@ -19,7 +21,11 @@ from shared.identity import PUBLIC, Principal
 # and not a reset (RFC 9112 §9.6).
 LINGER_BYTES_MAX = 16 * 1024 * 1024
 LINGER_S = 2.0
+# Blocks of addresses that were seen last; to work one out costs more than to route a request.
+ADDRESSES_KEPT_MAX = 4096
 
+_PROCESS_ID = token_hex(8)
+_request_numbers = count(randbits(63))
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._~-]{1,128}")
 _TRACEPARENT = re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _SECURITY_HEADERS = (
@@ -27,7 +33,7 @@ _SECURITY_HEADERS = (
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class Exchange:
     """One request, what the steps have learnt about it, and the way to answer.
 
@@ -68,7 +74,7 @@ class Exchange:
             request,
             request.address if address is None else address,
             headers,
-            _well_formed(_REQUEST_ID, headers.get(b"x-request-id")) or uuid4().hex,
+            _well_formed(_REQUEST_ID, headers.get(b"x-request-id")) or _new_request_id(),
         )
         if b"traceparent" in headers:
             exchange.traceparent = _well_formed(_TRACEPARENT, headers[b"traceparent"])
@@ -115,7 +121,9 @@ class Exchange:
         Raises:
             HttpRefusal: it is not visible ASCII.
         """
-        value = self.headers.get(name.encode(), b"")
+        value = self.headers.get(name.encode())
+        if not value:
+            return ""
         if not value.isascii() or not value.decode("ascii").isprintable():
             raise HttpRefusal(f"The header {name} must be visible ASCII.")
         return value.decode("ascii")
@@ -258,6 +266,7 @@ class BodyChunks:
         return BodyTooLarge(f"The body is longer than {self._bytes_max} bytes.")
 
 
+@lru_cache(maxsize=ADDRESSES_KEPT_MAX)
 def address_block(address: str) -> str:
     """What one subscriber usually holds: the /24 of an IPv4 address, the /64 of an IPv6 one."""
     try:
@@ -274,6 +283,11 @@ def _address(peer: str, headers: dict[bytes, bytes], trusted_hops: int) -> str:
     """What the farthest trusted proxy saw; the client's own claims are ignored."""
     hops = headers.get(b"x-forwarded-for", b"").decode("latin-1").split(",")
     return hops[-trusted_hops].strip() if len(hops) >= trusted_hops and hops[0] else peer
+
+
+def _new_request_id() -> str:
+    """128 bits that no other request has, without asking the kernel for each."""
+    return f"{_PROCESS_ID}{next(_request_numbers):016x}"
 
 
 def _joined(pairs: HeaderList) -> dict[bytes, bytes]:

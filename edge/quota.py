@@ -1,4 +1,4 @@
-"""May this call pass? Pure arithmetic on one timestamp per bucket.
+"""May this call pass? Pure arithmetic on one timestamp per bucket, in microseconds.
 
 A bucket is remembered as the moment at which it will be full again. Spending moves
 that moment into the future; waiting lets the present catch up. A burst that straddles
@@ -7,9 +7,8 @@ a window's edge gains nothing, because there are no windows.
 
 import math
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-
-_MICROSECOND = timedelta(microseconds=1)
+from functools import cached_property
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,20 @@ class Quota:
         if self.burst_points < 1 or self.refill_us < 1:
             raise ValueError(f"{self.name}: burst_points and refill_s must be positive")
 
-    @property
+    @cached_property
     def refill_us(self) -> int:
         """The microseconds that restore one point; whole, so that every store agrees."""
         return round(self.refill_s * 1_000_000)
 
-    @property
+    @cached_property
+    def burst_us(self) -> int:
+        """The microseconds in which an empty bucket fills."""
+        return self.burst_points * self.refill_us
+
+    @cached_property
     def window_s(self) -> int:
         """Seconds in which an empty bucket fills, rounded up."""
-        return math.ceil(self.burst_points * self.refill_us / 1_000_000)
+        return math.ceil(self.burst_us / 1_000_000)
 
     def share(self, part: float) -> "Quota":
         """This quota cut to a part of its rate and its burst, at least one point.
@@ -51,34 +55,33 @@ class Quota:
         return Quota(self.name, burst_points, self.refill_s / part)
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """The answer of `spend`.
 
     Attributes:
         is_allowed: whether the call may pass.
-        full_at: what to store; unchanged if refused.
+        full_at_us: what to store; unchanged if refused.
         remaining_points: what is left now, 0 or more.
         retry_after_s: 0 if allowed; else the wait after which this cost would pass.
     """
 
     is_allowed: bool
-    full_at: datetime
+    full_at_us: int
     remaining_points: int
     retry_after_s: float
 
 
-def spend(quota: Quota, full_at: datetime, *, now: datetime, cost_points: int = 1) -> Decision:
+def spend(quota: Quota, full_at_us: int, *, now_us: int, cost_points: int = 1) -> Decision:
     """Decide whether a call may pass, and when its bucket will be full again.
 
     Args:
         quota: burst_points (1 or more); refill_s, the seconds that restore one point.
-        full_at: when the bucket is full, UTC; any past time means it is full now.
-        now: the current time, UTC; passed in, so tests need no waiting.
+        full_at_us: when the bucket is full; any past time means it is full now.
+        now_us: the current time by the same clock; passed in, so tests need no waiting.
         cost_points: 0 (only look) up to quota.burst_points.
 
     Returns:
-        If allowed, the full_at to store. If not, full_at unchanged and retry_after_s > 0.
+        If allowed, the full_at_us to store. If not, it is unchanged and retry_after_s > 0.
 
     Raises:
         ValueError: cost_points is out of range, a bug in the caller.
@@ -87,25 +90,24 @@ def spend(quota: Quota, full_at: datetime, *, now: datetime, cost_points: int = 
     """
     if not 0 <= cost_points <= quota.burst_points:
         raise ValueError(f"cost_points {cost_points} is not in 0..{quota.burst_points}")
-    debt_us = max(0, (full_at - now) // _MICROSECOND)
-    burst_us = quota.burst_points * quota.refill_us
-    spent_us = debt_us + cost_points * quota.refill_us
+    debt_us = full_at_us - now_us if full_at_us > now_us else 0
+    refill_us, burst_us = quota.refill_us, quota.burst_us
+    spent_us = debt_us + cost_points * refill_us
     if spent_us > burst_us:
-        remaining = max(0, burst_us - debt_us) // quota.refill_us
-        return Decision(False, full_at, remaining, (spent_us - burst_us) / 1_000_000)
-    remaining = (burst_us - spent_us) // quota.refill_us
-    return Decision(True, now + spent_us * _MICROSECOND, remaining, 0.0)
+        remaining = max(0, burst_us - debt_us) // refill_us
+        return Decision(False, full_at_us, remaining, (spent_us - burst_us) / 1_000_000)
+    return Decision(True, now_us + spent_us, (burst_us - spent_us) // refill_us, 0.0)
 
 
-def give_back(quota: Quota, full_at: datetime, *, points: int) -> datetime:
-    """The full_at of a bucket that gets points back; it never holds more than its burst.
+def give_back(quota: Quota, full_at_us: int, *, points: int) -> int:
+    """The full_at_us of a bucket that gets points back; it never holds more than its burst.
 
     Args:
         quota: the bucket's quota.
-        full_at: what `spend` told to store.
+        full_at_us: what `spend` told to store.
         points: 0 or more.
 
     Returns:
-        The full_at to store. It may lie in the past: then the bucket is full.
+        What to store. It may lie in the past: then the bucket is full.
     """
-    return full_at - points * quota.refill_us * _MICROSECOND
+    return full_at_us - points * quota.refill_us

@@ -5,9 +5,7 @@ that is not a mesh counts here, by itself.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from edge.quota import Quota, give_back, spend
 from shared.clock import Clock
@@ -15,11 +13,8 @@ from shared.clock import Clock
 # Buckets kept in this process; at 200 bytes each, 20 MB.
 LOCAL_KEYS_MAX = 100_000
 
-_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
-
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What a store says about one call.
 
     Attributes:
@@ -66,7 +61,7 @@ class LocalQuotaStore:
     def __init__(self, clock: Clock, *, keys_max: int = LOCAL_KEYS_MAX) -> None:
         self._clock = clock
         self._keys_max = keys_max
-        self._full_at: OrderedDict[str, datetime] = OrderedDict()
+        self._full_at_us: OrderedDict[str, int] = OrderedDict()
 
     async def spend(self, key: str, quota: Quota, cost_points: int, *, is_strict: bool) -> Verdict:
         """See QuotaStore.spend; nothing else counts, so a strict bucket is like any other."""
@@ -79,25 +74,25 @@ class LocalQuotaStore:
 
     def spend_now(self, key: str, quota: Quota, cost_points: int) -> Verdict:
         """See QuotaStore.spend; needs no waiting."""
-        now = self._clock.now()
-        full_at = self._full_at.get(key, _LONG_AGO)
+        now_us = int(self._clock.monotonic_s() * 1_000_000)
         cost_points = min(cost_points, quota.burst_points)
-        decision = spend(quota, full_at, now=now, cost_points=cost_points)
-        self._remember(key, decision.full_at)
+        full_at_us = self._full_at_us.get(key, 0)
+        decision = spend(quota, full_at_us, now_us=now_us, cost_points=cost_points)
+        self._remember(key, decision.full_at_us)
         return Verdict(
             decision.is_allowed,
             decision.remaining_points,
-            max(0.0, (decision.full_at - now).total_seconds()),
+            max(0, decision.full_at_us - now_us) / 1_000_000,
             decision.retry_after_s,
         )
 
     def give_back_now(self, key: str, quota: Quota, points: int) -> None:
         """See QuotaStore.give_back; needs no waiting."""
-        if key in self._full_at:
-            self._full_at[key] = give_back(quota, self._full_at[key], points=points)
+        if key in self._full_at_us:
+            self._full_at_us[key] = give_back(quota, self._full_at_us[key], points=points)
 
-    def _remember(self, key: str, full_at: datetime) -> None:
-        self._full_at[key] = full_at
-        self._full_at.move_to_end(key)
-        if len(self._full_at) > self._keys_max:
-            self._full_at.popitem(last=False)
+    def _remember(self, key: str, full_at_us: int) -> None:
+        self._full_at_us[key] = full_at_us
+        self._full_at_us.move_to_end(key)
+        if len(self._full_at_us) > self._keys_max:
+            self._full_at_us.popitem(last=False)

@@ -9,7 +9,6 @@ strict bucket's share is a quarter of that), so all edges together stay within o
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import cast
 
 from redis.asyncio import Redis
@@ -177,7 +176,7 @@ class FallbackQuotaStore:
     ) -> Verdict:
         self.local_decisions += 1
         share = quota.share(self._part * STRICT_LOCAL_PART if is_strict else self._part)
-        return replace(self._local.spend_now(key, share, cost_points), is_local=True)
+        return self._local.spend_now(key, share, cost_points)._replace(is_local=True)
 
     def _pause_others_if_probing(self) -> bool:
         was_away = self._paused_until_s > 0

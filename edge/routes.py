@@ -9,6 +9,7 @@ refused when the table is built.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from google.api import http_pb2
@@ -72,8 +73,7 @@ class Route:
         return self.method.policy.has_request_id
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """A route, and what its path captured: field path in proto names -> decoded text."""
 
     route: Route

@@ -7,8 +7,7 @@ raw binding lists.
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from google.protobuf.message import DecodeError, Message
 
@@ -47,8 +46,7 @@ class ChannelSource(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """What travels beside the message.
 
     Attributes:
@@ -66,8 +64,7 @@ class Caller:
     extra: Sequence[tuple[str, str]] = ()
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """A unary answer.
 
     Attributes:

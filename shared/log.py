@@ -47,6 +47,7 @@ SENSITIVE_KEYS = frozenset(
 
 Logger = structlog.typing.FilteringBoundLogger
 
+_level = logging.INFO
 _request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 
@@ -123,7 +124,8 @@ def configure(level: str = "info") -> None:
     Args:
         level: "debug", "info", "warning" or "error".
     """
-    number = logging.getLevelNamesMapping()[level.upper()]
+    global _level  # noqa: PLW0603  one per process
+    number = _level = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -144,6 +146,11 @@ def configure(level: str = "info") -> None:
 def get_logger(component: str) -> Logger:
     """A logger whose lines name this component, such as "rpc" or "auth"."""
     return cast("Logger", structlog.get_logger(component=component))
+
+
+def writes_requests() -> bool:
+    """Whether the level lets the lines of finished requests through."""
+    return _level <= logging.INFO
 
 
 def write_request_line(fields: dict[str, Any]) -> None:

@@ -135,7 +135,9 @@ class Http2Connection(asyncio.Protocol):
         self._is_pinged_when_idle = is_pinged_when_idle
         self._keepalive_s = keepalive_s
         self._ping_timeout_s = ping_timeout_s
+        self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._unwritten: list[bytes] = []
         self._calls: dict[int, Call] = {}
         self._next_id = 1
         self._partial = b""
@@ -165,7 +167,7 @@ class Http2Connection(asyncio.Protocol):
         self.calls_max = CALLS_AT_ONCE_MAX
         self.is_usable = False
         # Set when the server has sent its SETTINGS: only then does it speak HTTP/2.
-        self.has_begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.has_begun: asyncio.Future[None] = self._loop.create_future()
 
     @property
     def is_closed(self) -> bool:
@@ -445,6 +447,14 @@ class Http2Connection(asyncio.Protocol):
             self._write(_frame(DATA, flags, call.stream_id, size) + bytes(part))
 
     def _write(self, data: bytes) -> None:
+        """Send with all else that this turn of the loop has to send: one packet for many calls."""
+        if not self._unwritten:
+            self._loop.call_soon(self._flush)
+        self._unwritten.append(data)
+
+    def _flush(self) -> None:
+        data = b"".join(self._unwritten)
+        self._unwritten.clear()
         if self._transport is not None:
             self._transport.write(data)
 
@@ -465,7 +475,8 @@ class Http2Connection(asyncio.Protocol):
         if transport is None:
             return
         if code is not None:
-            transport.write(_frame(GOAWAY, 0, 0, 8) + _TWO_WORDS.pack(0, code))
+            farewell = _frame(GOAWAY, 0, 0, 8) + _TWO_WORDS.pack(0, code)
+            transport.write(b"".join(self._unwritten) + farewell)
             transport.close()
         if self._timer is not None:
             self._timer.cancel()
@@ -478,7 +489,7 @@ class Http2Connection(asyncio.Protocol):
             call.receiver.on_failure(error)
 
     def _arm(self, delay_s: float, then: Callable[[], None]) -> None:
-        self._timer = asyncio.get_running_loop().call_later(delay_s, then)
+        self._timer = self._loop.call_later(delay_s, then)
 
     def _ping_if_silent(self) -> None:
         """Test a connection that said nothing: only an answer shows that somebody is there."""

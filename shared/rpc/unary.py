@@ -15,8 +15,8 @@ import time
 from base64 import b64decode
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 from urllib.parse import unquote
 
 import grpc
@@ -79,8 +79,7 @@ _OK = b"0"
 _log = log.get_logger("rpc.unary")
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a unary call brought.
 
     Attributes:

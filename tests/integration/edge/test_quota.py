@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import replace
-from datetime import UTC, datetime
 from uuid import uuid4
 
 import pytest
@@ -13,7 +12,7 @@ from edge.config import EdgeConfig
 from edge.quota import Quota, give_back, spend
 from edge.quota_store import LocalQuotaStore
 from edge.quota_valkey import FallbackQuotaStore, ValkeyQuotaStore, open_valkey
-from shared.clock import SystemClock
+from shared.clock import SystemClock, to_us
 from tests.fakes import ManualClock
 from tests.integration.edge.behind import KNOWN
 
@@ -53,18 +52,20 @@ async def test_parallel_calls_over_several_edges_pass_exactly_the_burst(valkey_u
 def test_the_script_decides_as_the_arithmetic_does(valkey_url, steps):
     async def compare() -> None:
         quota, key, clock = Quota("api", 10, 0.5), new_key(), ManualClock()
-        full_at = datetime(1970, 1, 1, tzinfo=UTC)
+        full_at_us = 0
         async with open_valkey(valkey_url, timeout_s=PATIENT_S) as client:
             store = ValkeyQuotaStore(client, timeout_s=PATIENT_S, clock=clock)
             for wait_us, cost in steps:
                 clock.advance(wait_us / 1e6)
                 if cost < 0:
                     await store.give_back(key, quota, -cost)
-                    full_at = give_back(quota, max(full_at, clock.now()), points=-cost)
+                    now_us = to_us(clock.now())
+                    full_at_us = give_back(quota, max(full_at_us, now_us), points=-cost)
                     continue
                 verdict = await store.spend(key, quota, cost, is_strict=False)
-                expected = spend(quota, full_at, now=clock.now(), cost_points=cost)
-                full_at = expected.full_at
+                now_us = to_us(clock.now())
+                expected = spend(quota, full_at_us, now_us=now_us, cost_points=cost)
+                full_at_us = expected.full_at_us
                 assert verdict.is_allowed == expected.is_allowed
                 assert verdict.remaining_points == expected.remaining_points
                 assert verdict.retry_after_s == pytest.approx(expected.retry_after_s)
