@@ -40,8 +40,9 @@ from shared.errors import (
 # What nginx logs for a client that closed before the answer; it is never sent.
 CLIENT_LEFT_STATUS = 499
 OVERLOADED_RETRY_AFTER_S = 0.5
+HEALTH_PATH, READY_PATH = b"/healthz", b"/readyz"
+HEALTH_PATHS = frozenset({HEALTH_PATH, READY_PATH})
 
-_HEALTH_PATHS = frozenset({b"/healthz", b"/readyz"})
 _log = log.get_logger("edge")
 
 # The header with the client's deadline, and what reads it.
@@ -194,15 +195,15 @@ class EdgeApp:
             )
 
     def _is_own(self, path: bytes) -> bool:
-        return path in self._parts.documents or path in _HEALTH_PATHS
+        return path in self._parts.documents or path in HEALTH_PATHS
 
     async def _serve_own(self, exchange: Exchange) -> None:
         """Health, the OpenAPI document and the reference; nothing of a service."""
         path = exchange.raw_path
         _require_get(exchange)
-        if path == b"/healthz":
+        if path == HEALTH_PATH:
             await exchange.respond(200, _text(b"no-store"), b"ok\n")
-        elif path == b"/readyz":
+        elif path == READY_PATH:
             await self._serve_readiness(exchange)
         else:
             document = self._parts.documents[path]

@@ -20,7 +20,7 @@ from tenfold.options.v1.policy_pb2 import RawBinding
 from edge.codec import CodecOptions
 from edge.contracts import ContractError, Contracts, MethodInfo
 from edge.fields import descriptor_of, has_one_text
-from edge.template import DOUBLE_STAR, STAR, Template, TemplateError
+from edge.template import DOT_SEGMENTS, DOUBLE_STAR, STAR, Template, TemplateError
 from shared.errors import InvalidRequest
 from shared.rpc.policy import Access
 
@@ -33,7 +33,6 @@ DEFAULT_JSON = CodecOptions()
 NAME_FIELD = "name"
 
 _BROKEN_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-_DOT_SEGMENTS = (b".", b"..")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +178,7 @@ class RouteTable:
             raise InvalidRequest("The path is not percent-encoded (RFC 3986, section 2.1).")
         decoded = [unquote_to_bytes(s) for s in raw] if b"%" in path else raw
         # RFC 3986 6.2.2.3: a client removes dot segments before it sends; "%2e" is no disguise.
-        if any(segment in _DOT_SEGMENTS for segment in decoded):
+        if any(segment in DOT_SEGMENTS for segment in decoded):
             return NoMatch()
         last, colon, verb = raw[-1].rpartition(b":") if raw else (b"", b"", b"")
         if colon and b"%" in verb:

@@ -18,6 +18,8 @@ from urllib.parse import quote, unquote_to_bytes
 
 STAR = "*"
 DOUBLE_STAR = "**"
+# A client removes them before it sends (RFC 3986, section 6.2.2.3): no path has them.
+DOT_SEGMENTS = frozenset({b".", b".."})
 
 _IDENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # What a literal may hold: RFC 3986 pchar without ":" (it starts the verb) and "*".
@@ -87,6 +89,14 @@ class Template:
         return "/".join(_segment_text(s) for s in self.segments[variable.start : variable.end])
 
     @property
+    def literal_path(self) -> bytes:
+        """The only path that matches, decoded; b"" if there are several."""
+        literals = [segment for segment in self.segments if isinstance(segment, bytes)]
+        if len(literals) < len(self.segments):
+            return b""
+        return b"/" + b"/".join(literals) + (b":" + self.verb if self.verb else b"")
+
+    @property
     def is_of_one_variable(self) -> bool:
         """Whether one variable and literals are all there is, so that a value makes a path."""
         if len(self.variables) != 1:
@@ -118,7 +128,7 @@ class Template:
 
 def _fits(pattern: tuple[str | bytes, ...], parts: list[str]) -> bool:
     """Whether these segments match; dot segments and empty ones are never served."""
-    if not all(parts) or not {".", ".."}.isdisjoint(parts):
+    if not all(parts) or not DOT_SEGMENTS.isdisjoint(part.encode() for part in parts):
         return False
     if pattern[-1] == DOUBLE_STAR:
         pattern = pattern[:-1] + (STAR,) * (len(parts) - len(pattern) + 1)

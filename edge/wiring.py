@@ -10,7 +10,7 @@ import orjson
 from google.protobuf.message import DecodeError
 
 from edge.answer import answers_of
-from edge.app import Document, EdgeApp, Limits, Parts
+from edge.app import HEALTH_PATHS, Document, EdgeApp, Limits, Parts
 from edge.auth import Authenticator
 from edge.calls import CallLimits, Calls
 from edge.charges import Charges, prices_of
@@ -23,6 +23,7 @@ from edge.docs import docs_files
 from edge.health import Readiness
 from edge.openapi import openapi_document
 from edge.quota_store import LocalQuotaStore, QuotaStore
+from edge.reachable import require_reachable
 from edge.routes import RouteTable
 from edge.streams import OpenStreams
 from edge.transcode import plan_of
@@ -65,6 +66,8 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
         plan_of(route)
     for route in routes.routes:
         answers_of(route)
+    documents = _documents(routes, contracts, config.json)
+    require_reachable(routes, {*documents, *HEALTH_PATHS})
     prices = prices_of(routes.all_routes, config.quotas())
     open_streams = OpenStreams(config.streams_per_caller_max)
     methods = tuple(contracts.methods())
@@ -101,7 +104,7 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
                     _own_conditions(authenticator),
                 ),
                 open_streams=open_streams,
-                documents=_documents(routes, contracts, config.json),
+                documents=documents,
                 authenticator=authenticator,
                 trusted_hops=config.trusted_hops,
             )

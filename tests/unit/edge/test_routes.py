@@ -149,6 +149,28 @@ def test_a_rule_that_does_not_fit_its_message_is_refused_by_method(table_of, rul
         table_of(rule)
 
 
+def test_head_goes_where_get_goes_unless_a_route_names_it(table_of):
+    table = table_of(
+        'get: "/v1/x"',
+        'custom: {kind: "*" path: "/v1/{a}"}',
+        'get: "/v1/y"',
+        'custom: {kind: "HEAD" path: "/v1/y"}',
+        'post: "/v1/z/z"',
+    )
+    assert called(table, "HEAD", "/v1/x") == ("M0", {})
+    assert called(table, "HEAD", "/v1/y") == ("M3", {})
+    assert called(table, "HEAD", "/v1/other") == ("M1", {"a": "other"})
+    assert called(table, "HEAD", "/v1/z/z") == ("POST",)
+
+
+def test_a_star_takes_every_method_that_no_other_route_of_the_path_does(table_of):
+    table = table_of('custom: {kind: "*" path: "/v1/{a}"}', 'put: "/v1/{b}"', 'get: "/v1/x"')
+    assert called(table, "PUT", "/v1/y") == ("M1", {"b": "y"})
+    for method in ("GET", "OPTIONS", "PURGE", "DELETE"):
+        assert called(table, method, "/v1/y") == ("M0", {"a": "y"})
+    assert called(table, "POST", "/v1/x") == ("M0", {"a": "x"})
+
+
 def test_the_same_path_may_differ_by_method_or_verb(table_of):
     table = table_of('get: "/v1/x"', 'post: "/v1/x"', 'get: "/v1/x:do"', 'get: "/v1/{a}"')
     assert len(table.routes) == 4
