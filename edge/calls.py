@@ -15,10 +15,10 @@ from edge import raw, streams
 from edge.answer import Answers, answers_of
 from edge.auth import Authenticator
 from edge.etags import Condition
-from edge.exchange import Exchange, address_block
+from edge.exchange import Exchange, address_block, too_large
 from edge.fields import AnyMessage, descriptor_of
 from edge.problem import problem_of
-from edge.refusals import BodyTooLarge, UnsupportedMediaType
+from edge.refusals import UnsupportedMediaType
 from edge.transcode import JSON, plan_of, request_message, response_json, set_request_id
 from edge.upstream import Caller, Upstream
 from shared.errors import DeadlineExceeded, InvalidRequest, TenfoldError, Unimplemented
@@ -224,4 +224,4 @@ def _require_json(exchange: Exchange, content_type: str) -> None:
 
 def _refuse_large(exchange: Exchange, bytes_max: int) -> None:
     if int(exchange.headers.get(b"content-length", b"0")) > bytes_max:
-        raise BodyTooLarge(f"The body is longer than {bytes_max} bytes.")
+        raise too_large(bytes_max)

@@ -138,8 +138,8 @@ class Exchange:
             ClientLeft: the client closed before it was whole.
         """
         chunks = BodyChunks(self, bytes_max=bytes_max, idle_s=timeout_s)
-        if self.body_is_read:
-            return b""
+        if self.request.is_whole:
+            return self._buffered_body(bytes_max)
         body = bytearray()
         try:
             async with asyncio.timeout(timeout_s):
@@ -148,6 +148,13 @@ class Exchange:
         except TimeoutError as error:
             raise RequestTimeout(f"The body took longer than {timeout_s:g} s.") from error
         return bytes(body)
+
+    def _buffered_body(self, bytes_max: int) -> bytes:
+        """The usual body: it came with its head."""
+        body = self.request.take_rest()
+        if len(body) > bytes_max:
+            raise too_large(bytes_max)
+        return body
 
     # The answer
     async def start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
@@ -237,7 +244,7 @@ class BodyChunks:
         self._idle_s = idle_s
         self._read_bytes = 0
         if int(exchange.headers.get(b"content-length", b"0")) > bytes_max:
-            raise self._too_large()
+            raise too_large(self._bytes_max)
 
     async def next(self) -> bytes:
         """The next chunk, not empty; b"" after the last.
@@ -252,7 +259,7 @@ class BodyChunks:
         chunk = await self._receive()
         self._read_bytes += len(chunk)
         if self._read_bytes > self._bytes_max:
-            raise self._too_large()
+            raise too_large(self._bytes_max)
         return chunk
 
     async def _receive(self) -> bytes:
@@ -262,8 +269,10 @@ class BodyChunks:
         except TimeoutError as error:
             raise RequestTimeout(f"The body stopped for {self._idle_s:g} s.") from error
 
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The body is longer than {self._bytes_max} bytes.")
+
+def too_large(bytes_max: int) -> BodyTooLarge:
+    """The refusal of a body that is longer than it may be."""
+    return BodyTooLarge(f"The body is longer than {bytes_max} bytes.")
 
 
 @lru_cache(maxsize=ADDRESSES_KEPT_MAX)

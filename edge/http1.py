@@ -129,6 +129,11 @@ class Http1Request:
         self._waiter: asyncio.Future[None] | None = None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the whole body has come; it may still be to be read."""
+        return self._is_complete
+
+    @property
     def body_is_read(self) -> bool:
         """Whether nothing of the body is left to come or to be read."""
         return self._is_complete and not self._chunks
@@ -154,6 +159,14 @@ class Http1Request:
         if self._buffered_bytes <= BODY_BUFFER_BYTES_MAX:
             self._connection.resume_body()
         return chunk
+
+    def take_rest(self) -> bytes:
+        """All that is left of a body that has come whole."""
+        rest = b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered_bytes = 0
+        self._connection.resume_body()
+        return rest
 
     async def until_left(self) -> None:
         """Return when the connection is closed."""
@@ -307,6 +320,7 @@ class Http1Connection(asyncio.Protocol):
         self._pipeline: deque[Http1Request] = deque()
         self._is_in_head = True
         self._is_same_head = True  # since the last bytes came
+        self._data_bytes = 0  # that came last
         self._head_bytes = 0  # of an unfinished head, as they came from the wire
         self._wire_bytes = 0  # of an unfinished body, as they came from the wire
         self._body_bytes = 0  # of the same body, without its chunk framing
@@ -356,6 +370,7 @@ class Http1Connection(asyncio.Protocol):
         if self._is_in_head and not self._head_since_s:
             self._head_since_s = self._loop.time()
         self._is_same_head = self._is_in_head
+        self._data_bytes = len(data)
         try:
             self._parser.feed_data(data)
             self._bound_what_is_unfinished(len(data))
@@ -443,7 +458,8 @@ class Http1Connection(asyncio.Protocol):
         request.version = version = self._parser.get_http_version()
         if version not in ("1.1", "1.0"):
             self._stop(505, "This server speaks HTTP/1.1.")
-        if sum([len(name) + len(value) + 4 for name, value in self._headers]) > HEAD_BYTES_MAX:
+        may_be_long = self._head_bytes + self._data_bytes > HEAD_BYTES_MAX
+        if may_be_long and _size(self._headers) > HEAD_BYTES_MAX:
             self._stop(431, f"The headers are longer than {HEAD_BYTES_MAX} bytes.")
         named = dict(self._headers)
         if len(named) < len(self._headers):
@@ -570,6 +586,10 @@ class Http1Connection(asyncio.Protocol):
         if not self._is_read_paused and self._transport is not None:
             self._is_read_paused = True
             self._transport.pause_reading()
+
+
+def _size(headers: HeaderList) -> int:
+    return sum(len(name) + len(value) + 4 for name, value in headers)
 
 
 _date = (0, b"")

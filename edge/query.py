@@ -12,7 +12,7 @@ is given twice.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -59,7 +59,7 @@ class UnknownParameter(Wrong):
         self._field_text = name[:CACHED_NAME_MAX]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Leaf:
     """A field that text can fill.
 
@@ -71,16 +71,23 @@ class Leaf:
     fields: tuple[FieldDescriptor, ...]
     map_key: str | None
 
-    @property
+    @cached_property
     def path(self) -> tuple[str, ...]:
         """Proto names, for comparison."""
         return tuple(field.name for field in self.fields)
 
-    @property
+    @cached_property
     def json_path(self) -> str:
         """As callers write it: "filter.labels[a]"."""
         text = ".".join(field.json_name for field in self.fields)
         return text if self.map_key is None else f"{text}[{self.map_key}]"
+
+    @cached_property
+    def decode(self) -> TextDecode | None:
+        """For the usual leaf, one plain scalar of the message itself; None for all others."""
+        field = self.fields[0]
+        is_plain = len(self.fields) == 1 and not field.is_repeated and field.message_type is None
+        return text_decoder(field) if is_plain and field.containing_oneof is None else None
 
 
 def parse_query(query: bytes) -> list[tuple[str, str]]:
@@ -92,6 +99,12 @@ def parse_query(query: bytes) -> list[tuple[str, str]]:
     if query.count(b"&") >= QUERY_PARAMETERS_MAX:
         raise Wrong(f"has more than {QUERY_PARAMETERS_MAX} parameters")
     pairs = []
+    if b"%" not in query and b"+" not in query and query.isascii():
+        for text in query.decode("ascii").split("&"):
+            if text:
+                name_text, _, value_text = text.partition("=")
+                pairs.append((name_text, value_text))
+        return pairs
     for part in query.split(b"&"):
         if part:
             name, _, value = part.partition(b"=")
@@ -183,6 +196,9 @@ def set_leaf(message: AnyMessage, leaf: Leaf, texts: list[str]) -> None:
         Wrong: a text does not fit, or another member of its oneof is set.
     """
     try:
+        if leaf.decode is not None:
+            setattr(message, leaf.fields[0].name, leaf.decode(_only(texts)))
+            return
         target = message
         for field in leaf.fields[:-1]:
             _check_oneof(target, field)

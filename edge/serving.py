@@ -33,7 +33,9 @@ def bind(address: str, *, setting: str) -> socket.socket:
     if not host or not port.isdigit() or int(port) > 65535:
         raise ListenError(f"{setting}={address!r} is not HOST:PORT.")
     host = host.strip("[]")
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # asyncio sets TCP_NODELAY only on sockets that are known to be TCP's.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, int(port)))
@@ -80,11 +82,12 @@ class _Requests:
 
     def __init__(self, app: EdgeApp) -> None:
         self._app = app
+        self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, request: Http1Request) -> None:
         """See http1.Server."""
-        task = asyncio.create_task(self._app.serve(request))
+        task = self._loop.create_task(self._app.serve(request))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

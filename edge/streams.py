@@ -144,7 +144,7 @@ def choose_media_type(accept: str, offers: list[str]) -> str:
     Raises:
         NotAcceptable: it likes none of them.
     """
-    if not accept:
+    if not accept or accept == "*/*" or accept == offers[0]:
         return offers[0]
     ranges = [_media_range(part) for part in accept.split(",")]
     best = max(offers, key=lambda offer: _quality(offer, ranges))

@@ -14,6 +14,7 @@ differ from that text; here they are refused when the contract is loaded.
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from urllib.parse import quote, unquote_to_bytes
 
 STAR = "*"
@@ -24,6 +25,8 @@ DOT_SEGMENTS = frozenset({b".", b".."})
 _IDENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # What a literal may hold: RFC 3986 pchar without ":" (it starts the verb) and "*".
 _LITERAL = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()+,;=@]|%[0-9A-Fa-f]{2})+")
+# RFC 3986 §2.3.
+_UNRESERVED = re.compile(r"[A-Za-z0-9\-._~]*")
 _ESCAPED_SLASH = re.compile(rb"(%2[Ff])")
 
 
@@ -114,12 +117,18 @@ class Template:
         parts = value.split("/") if variable.is_multi_segment else [value]
         if not _fits(self.segments[variable.start : variable.end], parts):
             return None
-        before, after = self._around(variable)
-        segments = [quote(segment) for segment in before]
-        segments += [quote(part, safe="") for part in parts]
-        segments += [quote(segment) for segment in after]
-        path = "/" + "/".join(segments)
-        return f"{path}:{quote(self.verb)}" if self.verb else path
+        if not all(map(_UNRESERVED.fullmatch, parts)):
+            value = "/".join([quote(part, safe="") for part in parts])
+        start, end = self._frame
+        return start + value + end
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What stands before and after the only variable, encoded."""
+        before, after = self._around(self.variables[0])
+        verb = f":{quote(self.verb)}" if self.verb else ""
+        start = "/" + "".join(f"{quote(segment)}/" for segment in before)
+        return start, "".join(f"/{quote(segment)}" for segment in after) + verb
 
     def _around(self, variable: Variable) -> tuple[tuple[str | bytes, ...], ...]:
         after = self.segments[variable.end :] if variable.end is not None else ()

@@ -43,6 +43,7 @@ class Plan:
         takes_any_body: whether the body is an HttpBody, and so of any media type.
         answer_json: makes the JSON value of the answer, or of its response_body.
         taken: proto paths that a query parameter must not touch.
+        taken_roots: the first name of each.
         update_mask: checks or makes the field mask of an update; None if there is none.
         ignored: learns of unknown names where the contract ignores them; None refuses them.
     """
@@ -54,6 +55,7 @@ class Plan:
     takes_any_body: bool
     answer_json: ToJson
     taken: frozenset[tuple[str, ...]]
+    taken_roots: frozenset[str]
     update_mask: UpdateMask | None
     ignored: Ignored | None
 
@@ -83,7 +85,7 @@ def request_message(
     try:
         document = _read_body(route, plan, message, body, content_type)
         for field_path, text in captures.items():
-            _set_captured(message, plan.variables[field_path], text)
+            _set_captured(message, plan.variables[field_path], text, is_bodiless=not body)
         if query_string:
             _read_query(route, plan, message, query_string)
         complete(plan, message, document)
@@ -181,6 +183,7 @@ def plan_of(route: Route) -> Plan:
         takes_any_body=bool(route.body) and _is_http_body(body_type),
         answer_json=answer_json,
         taken=frozenset(taken),
+        taken_roots=frozenset(path[0] for path in taken),
         update_mask=update_mask_of(route),
         ignored=codecs.ignored if is_lenient else None,
     )
@@ -211,8 +214,11 @@ def _read_body(
         raise wrong.within(field.json_name) from None
 
 
-def _set_captured(message: AnyMessage, leaf: Leaf, text: str) -> None:
+def _set_captured(message: AnyMessage, leaf: Leaf, text: str, *, is_bodiless: bool) -> None:
     """Set a field from the path; a body may repeat it (AIP-134), not contradict it."""
+    if is_bodiless:
+        set_leaf(message, leaf, [text])
+        return
     target = message
     for field in leaf.fields[:-1]:
         target = getattr(target, field.name)
@@ -231,10 +237,14 @@ def _read_query(route: Route, plan: Plan, message: AnyMessage, query_string: byt
     for leaf, texts in gather(pairs, plan.request.descriptor, plan.ignored):
         if route.body == "*":
             raise _no_parameter(leaf.json_path)
-        for length in range(1, len(leaf.path) + 1):
-            if leaf.path[:length] in plan.taken:
-                raise Wrong.of_field(leaf.json_path, "belongs to the path or the body")
+        if leaf.path[0] in plan.taken_roots and _is_taken(leaf, plan):
+            raise Wrong.of_field(leaf.json_path, "belongs to the path or the body")
         set_leaf(message, leaf, texts)
+
+
+def _is_taken(leaf: Leaf, plan: Plan) -> bool:
+    lengths = range(1, len(leaf.path) + 1)
+    return any(leaf.path[:length] in plan.taken for length in lengths)
 
 
 def _no_parameter(name: str) -> Wrong:
