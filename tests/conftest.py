@@ -8,13 +8,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 # Hypothesis's plug-in is first imported for the summary otherwise, too deep in the stack.
-import hypothesis  # noqa: F401
+import hypothesis
 import pytest
 
 from deploy.local import servers
 from deploy.local.address import free_addresses
 from tests.fakes import ManualClock
 from tests.mesh import ROOT, Mesh, running_mesh, running_program
+
+# How long an example takes says how busy the machine is, and nothing of what is tested.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 
 StartMesh = Callable[..., AbstractContextManager[Mesh]]
 

@@ -3,13 +3,10 @@ import math
 
 import pytest
 from google.protobuf import json_format
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings
 
 from edge.codec import ANY_LEVELS_MAX, CodecOptions, Codecs
-from edge.contracts import load_contracts
 from edge.json_text import Wrong
-from tests.unit.edge.messages import messages
 
 PROPERTY = settings(
     max_examples=100,
@@ -66,106 +63,6 @@ def is_same(left, right):
     if isinstance(left, float) or isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-6)
     return left == right and type(left) is type(right)
-
-
-# --- both ways, against the reference
-
-
-@PROPERTY
-@given(data=st.data())
-def test_what_is_written_reads_back_as_the_same_message(codec, data):
-    message = data.draw(messages(codec.descriptor))
-    assert codec.message_of_json(codec.json_of_message(message)) == message
-
-
-@PROPERTY
-@given(data=st.data())
-def test_the_reference_reads_what_we_write(codec, data):
-    message = data.draw(messages(codec.descriptor))
-    assert peer_parsed(codec, codec.json_of_message(message)) == message
-
-
-@PROPERTY
-@given(data=st.data())
-def test_we_read_what_the_reference_writes(codec, data):
-    message = data.draw(messages(codec.descriptor))
-    pool = codec.descriptor.file.pool
-    text = json_format.MessageToJson(message, descriptor_pool=pool)
-    assert codec.message_of_json(text.encode()) == message
-    text = json_format.MessageToJson(
-        message, descriptor_pool=pool, preserving_proto_field_name=True
-    )
-    assert codec.message_of_json(text.encode()) == message
-
-
-@PROPERTY
-@given(data=st.data())
-def test_documents_equal_the_references(codec, sparse_codec, data):
-    message = data.draw(messages(codec.descriptor))
-    full = peer_dict(message, always_print_fields_with_no_presence=True)
-    assert is_same(written(codec, message), full)
-    assert is_same(written(sparse_codec, message), peer_dict(message))
-
-
-@pytest.mark.parametrize("name", OUR_MESSAGES)
-@given(data=st.data())
-@settings(max_examples=30, deadline=None)
-def test_our_own_messages_go_both_ways(name, data):
-    contracts = load_contracts_once()
-    codec = Codecs(contracts.pool).of(contracts.message(name))
-    message = data.draw(messages(codec.descriptor))
-    text = codec.json_of_message(message)
-    assert codec.message_of_json(text) == message
-    assert peer_parsed(codec, text) == message
-
-
-def load_contracts_once(kept=[]):  # noqa: B006 - one pool for all examples
-    if not kept:
-        kept.append(load_contracts())
-    return kept[0]
-
-
-VALUES = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    # Not beyond: there the reference rounds 5.112042593167633e+16 into an integer field.
-    | st.floats(-(2.0**53), 2.0**53)
-    | st.sampled_from(["", "x", "1", "1.0", "-1e3", "true", "NaN", "Infinity", "AA==", "-_8", "\0"])
-    | st.sampled_from(["COLOR_RED", "1.5s", "-0.1s", "fooBar,baz", "foo_bar", "NULL_VALUE"])
-    | st.sampled_from(["2026-01-01T00:00:00Z", "2026-01-01T00:00:00.5+01:00", "2026-1-1T0:0:0Z"])
-    | st.sampled_from([{}, [], [[]], [None], {"a": 1}, {"1": {}}, {"text": "x"}, {"@type": "t/x"}])
-)
-
-
-def slots(value):
-    """Every place in a document where another value could stand."""
-    places = []
-    for key in value if isinstance(value, dict) else range(len(value)):
-        places.append((value, key))
-        if isinstance(value[key], (dict, list)):
-            places += slots(value[key])
-    return places
-
-
-@settings(PROPERTY, max_examples=300)
-@given(data=st.data())
-def test_a_changed_document_is_read_as_the_reference_does_or_refused(codec, data):
-    """We are the stricter one: nothing that we take may the reference refuse or read otherwise."""
-    message = data.draw(messages(codec.descriptor))
-    document = peer_dict(message)
-    places = slots(document)
-    if places:
-        container, key = data.draw(st.sampled_from(places))
-        container[key] = data.draw(VALUES)
-    text = json.dumps(document)
-    try:
-        message = codec.message_of_json(text.encode())
-    except Wrong as wrong:
-        assert wrong.description
-        return
-    if '"values": null' not in text:  # here the reference breaks: see the test of null below
-        assert peer_parsed(codec, text) == message
 
 
 # --- what is accepted
