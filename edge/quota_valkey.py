@@ -6,26 +6,19 @@ away each edge spends from its own share (rate and burst divided by the number o
 strict bucket's share is a quarter of that), so all edges together stay within one rate.
 """
 
-import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import cast
-
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
 
 from edge.quota import Quota
 from edge.quota_store import LocalQuotaStore, Verdict
+from edge.valkey import ValkeyConnection, ValkeyError, encode
 from shared import log
 from shared.clock import Clock, to_us
 
 # One answer of a healthy Valkey takes about a millisecond; a caller must not wait longer
 # for its quota than for its work.
 VALKEY_TIMEOUT_S = 0.1
-# Calls in flight to Valkey; one more waits its turn inside the same timeout.
-VALKEY_CONNECTIONS_MAX = 32
 # After a failure Valkey is left alone for this long, then asked by one call.
 VALKEY_PAUSE_S = 1.0
 # Log-in and its like get less than their share while nobody counts for all edges.
@@ -55,6 +48,8 @@ end
 return {1, spent_us, 0}
 """
 
+_SPEND_SHA = hashlib.sha1(_SPEND_LUA.encode(), usedforsecurity=False).hexdigest()
+
 _log = log.get_logger("edge.quota")
 
 
@@ -66,24 +61,18 @@ class ValkeyQuotaStore:
 
     Args:
         client: made by `open_valkey`.
-        timeout_s: how long one answer may take, the wait for a connection included.
         clock: only for tests that compare with edge.quota; None is the server's TIME.
     """
 
-    def __init__(
-        self, client: Redis, *, timeout_s: float = VALKEY_TIMEOUT_S, clock: Clock | None = None
-    ) -> None:
+    def __init__(self, client: ValkeyConnection, *, clock: Clock | None = None) -> None:
         self._client = client
-        self._timeout_s = timeout_s
         self._clock = clock
-        self._slots = asyncio.Semaphore(VALKEY_CONNECTIONS_MAX)
-        self._sha = ""
 
     async def spend(self, key: str, quota: Quota, cost_points: int, *, is_strict: bool) -> Verdict:
         """See QuotaStore.spend.
 
         Raises:
-            RedisError: Valkey answered with an error, or not at all.
+            ValkeyError: Valkey answered with an error, or not at all.
             TimeoutError: it took longer than timeout_s.
         """
         cost_points = min(cost_points, quota.burst_points)
@@ -95,27 +84,26 @@ class ValkeyQuotaStore:
         """See QuotaStore.give_back.
 
         Raises:
-            RedisError: Valkey answered with an error, or not at all.
+            ValkeyError: Valkey answered with an error, or not at all.
             TimeoutError: it took longer than timeout_s.
         """
         await self._run(key, quota, -points)
 
-    async def _run(self, key: str, quota: Quota, cost_points: int) -> tuple[int, int, int]:
+    async def _run(self, key: str, quota: Quota, cost_points: int) -> list[int]:
         now_us = "" if self._clock is None else str(to_us(self._clock.now()))
-        burst_us = quota.burst_points * quota.refill_us
-        numbers = (str(quota.refill_us), str(burst_us), str(cost_points), now_us)
-        async with asyncio.timeout(self._timeout_s), self._slots:
-            answer = await self._evaluate(key, numbers)
-        return cast("tuple[int, int, int]", tuple(answer))
-
-    async def _evaluate(self, key: str, numbers: tuple[str, ...]) -> list[int]:
-        if self._sha:
-            try:
-                return cast("list[int]", await self._client.evalsha(self._sha, 1, key, *numbers))
-            except NoScriptError:  # Valkey was restarted; nothing was charged
-                self._sha = ""
-        self._sha = await self._client.script_load(_SPEND_LUA)
-        return cast("list[int]", await self._client.evalsha(self._sha, 1, key, *numbers))
+        command = encode(
+            "EVALSHA", _SPEND_SHA, "1", key,
+            str(quota.refill_us), str(quota.burst_us), str(cost_points), now_us,
+        )  # fmt: skip
+        try:
+            answer: list[int] = await self._client.send(command)
+        except ValkeyError as error:
+            if not error.is_script_missing:
+                raise
+            # Valkey was restarted, or its scripts were flushed; nothing was charged.
+            await self._client.execute("SCRIPT", "LOAD", _SPEND_LUA)
+            answer = await self._client.send(command)
+        return answer
 
 
 class FallbackQuotaStore:
@@ -154,7 +142,7 @@ class FallbackQuotaStore:
             was_away = self._pause_others_if_probing()
             try:
                 verdict = await self._valkey.spend(key, quota, cost_points, is_strict=is_strict)
-            except (RedisError, TimeoutError, OSError) as error:
+            except (ValkeyError, TimeoutError, OSError) as error:
                 self._lose(error)
             else:
                 self._recover(was_away)
@@ -168,7 +156,7 @@ class FallbackQuotaStore:
             return
         try:
             await self._valkey.give_back(key, quota, points)
-        except (RedisError, TimeoutError, OSError) as error:
+        except (ValkeyError, TimeoutError, OSError) as error:
             self._lose(error)
 
     def _spend_locally(
@@ -196,22 +184,17 @@ class FallbackQuotaStore:
 
 
 @asynccontextmanager
-async def open_valkey(url: str, *, timeout_s: float = VALKEY_TIMEOUT_S) -> AsyncIterator[Redis]:
-    """Connect to Valkey when first asked; never retries, never waits long.
+async def open_valkey(
+    url: str, *, timeout_s: float = VALKEY_TIMEOUT_S
+) -> AsyncIterator[ValkeyConnection]:
+    """Connect to Valkey when first asked; never repeats a command, never waits long.
 
     Args:
         url: redis://host:port/0.
         timeout_s: for connecting, and for each answer.
     """
-    client = Redis.from_url(
-        url,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        # redis-py repeats up to ten times by default, which charges ten times.
-        retry=Retry(NoBackoff(), 0),
-        max_connections=2 * VALKEY_CONNECTIONS_MAX,
-    )
+    connection = ValkeyConnection(url, timeout_s=timeout_s)
     try:
-        yield client
+        yield connection
     finally:
-        await client.aclose()
+        connection.close()

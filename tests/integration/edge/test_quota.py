@@ -33,8 +33,8 @@ async def test_parallel_calls_over_several_edges_pass_exactly_the_burst(valkey_u
         open_valkey(valkey_url, timeout_s=PATIENT_S) as two,
     ):
         stores = [
-            ValkeyQuotaStore(one, timeout_s=PATIENT_S),
-            ValkeyQuotaStore(two, timeout_s=PATIENT_S),
+            ValkeyQuotaStore(one),
+            ValkeyQuotaStore(two),
         ] * 100
         verdicts = [
             await asyncio.gather(*(store.spend(key, quota, 1, is_strict=False) for store in stores))
@@ -54,7 +54,7 @@ def test_the_script_decides_as_the_arithmetic_does(valkey_url, steps):
         quota, key, clock = Quota("api", 10, 0.5), new_key(), ManualClock()
         full_at_us = 0
         async with open_valkey(valkey_url, timeout_s=PATIENT_S) as client:
-            store = ValkeyQuotaStore(client, timeout_s=PATIENT_S, clock=clock)
+            store = ValkeyQuotaStore(client, clock=clock)
             for wait_us, cost in steps:
                 clock.advance(wait_us / 1e6)
                 if cost < 0:
@@ -75,18 +75,18 @@ def test_the_script_decides_as_the_arithmetic_does(valkey_url, steps):
 
 async def test_a_key_is_forgotten_once_its_bucket_is_full(valkey_url):
     async with open_valkey(valkey_url, timeout_s=PATIENT_S) as client:
-        store, key = ValkeyQuotaStore(client, timeout_s=PATIENT_S), new_key()
+        store, key = ValkeyQuotaStore(client), new_key()
         await store.spend(key, Quota("api", 10, 1.0), 5, is_strict=False)
-        assert 5_000 < await client.pttl(key) <= 6_100
+        assert 5_000 < await client.execute("PTTL", key) <= 6_100
         await store.give_back(key, Quota("api", 10, 1.0), 5)
-        assert await client.exists(key) == 0
+        assert await client.execute("EXISTS", key) == 0
 
 
 async def test_the_script_survives_a_flushed_script_cache(valkey_url):
     async with open_valkey(valkey_url, timeout_s=PATIENT_S) as client:
-        store, key = ValkeyQuotaStore(client, timeout_s=PATIENT_S), new_key()
+        store, key = ValkeyQuotaStore(client), new_key()
         await store.spend(key, Quota("api", 10, 1.0), 1, is_strict=False)
-        await client.script_flush()
+        await client.execute("SCRIPT", "FLUSH")
         verdict = await store.spend(key, Quota("api", 10, 1.0), 1, is_strict=False)
         assert verdict.remaining_points == 8
 
@@ -96,7 +96,7 @@ async def test_while_valkey_is_away_the_local_share_decides_and_strict_buckets_g
     quota = Quota("api", 80, 1.0)
     async with open_valkey(AWAY) as client:
         store = FallbackQuotaStore(
-            ValkeyQuotaStore(client, timeout_s=PATIENT_S),
+            ValkeyQuotaStore(client),
             LocalQuotaStore(clock),
             edge_count=2,
             clock=clock,
@@ -114,7 +114,7 @@ async def test_while_valkey_is_away_the_local_share_decides_and_strict_buckets_g
 async def test_valkey_is_asked_again_after_a_pause_and_takes_over(valkey_url):
     clock = ManualClock()
     async with open_valkey(valkey_url, timeout_s=PATIENT_S) as good, open_valkey(AWAY) as bad:
-        valkey = ValkeyQuotaStore(bad, timeout_s=PATIENT_S)
+        valkey = ValkeyQuotaStore(bad)
         store = FallbackQuotaStore(valkey, LocalQuotaStore(clock), edge_count=1, clock=clock)
         quota, key = Quota("api", 10, 1.0), new_key()
         assert (await store.spend(key, quota, 1, is_strict=False)).is_local
