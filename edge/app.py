@@ -18,7 +18,7 @@ from edge.deadlines import connect_timeout_of, timeout_of
 from edge.exchange import Exchange, address_block
 from edge.health import Readiness
 from edge.http1 import HeaderList, Http1Request
-from edge.problem import problem_of
+from edge.problem import ErrorTeller, problem_of
 from edge.quota import Quota
 from edge.quota_store import LocalQuotaStore
 from edge.refusals import (
@@ -88,6 +88,7 @@ class Parts:
         connect_calls: makes those in the Connect protocol.
         authenticator: None where the upstream knows no identities.
         documents: by path: the OpenAPI document, the reference and its files.
+        tell: tells of an error.
         trusted_hops: how many proxies in front append to X-Forwarded-For.
     """
 
@@ -102,6 +103,7 @@ class Parts:
     open_streams: OpenStreams
     documents: Mapping[bytes, Document]
     authenticator: Authenticator | None = None
+    tell: ErrorTeller = problem_of
     trusted_hops: int = 0
 
 
@@ -157,7 +159,7 @@ class EdgeApp:
         told = (
             refusal_of(error, exchange)
             if route is not None and route.is_connect
-            else problem_of(error, request_id=exchange.request_id, route=route)
+            else self._parts.tell(error, request_id=exchange.request_id, route=route)
         )
         headers = [(k.encode(), v.encode("latin-1")) for k, v in told.headers.items()]
         headers.append((b"cache-control", b"no-store"))

@@ -17,7 +17,7 @@ from edge.auth import Authenticator
 from edge.etags import Condition
 from edge.exchange import Exchange, address_block, too_large
 from edge.fields import AnyMessage, descriptor_of
-from edge.problem import problem_of
+from edge.problem import ErrorTeller, problem_of
 from edge.refusals import UnsupportedMediaType
 from edge.transcode import JSON, plan_of, request_message, response_json, set_request_id
 from edge.upstream import Caller, Upstream
@@ -52,6 +52,7 @@ class Calls:
         limits: what one call may take.
         authenticator: None where the upstream knows no identities.
         public_url: scheme and host that clients use, or "" to take them from requests.
+        tell: tells of an error that ends a stream.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class Calls:
         *,
         authenticator: Authenticator | None = None,
         public_url: str = "",
+        tell: ErrorTeller = problem_of,
     ) -> None:
         self._upstream = upstream
         self._open_streams = open_streams
         self._limits = limits
         self._authenticator = authenticator
         self._public_url = public_url
+        self._tell = tell
 
     async def make(self, exchange: Exchange) -> None:
         """Call the method of a request that was let in, and answer.
@@ -117,7 +120,7 @@ class Calls:
             framing,
             encode=lambda message: response_json(route, message),
             problem=lambda error: (
-                problem_of(error, request_id=exchange.request_id, route=route).body
+                self._tell(error, request_id=exchange.request_id, route=route).line
             ),
             heartbeat_s=self._limits.heartbeat_s,
         )

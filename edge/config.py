@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from edge.codec import CodecOptions
 from edge.quota import Quota
 
+ERROR_PROBLEM, ERROR_GOOGLE = "problem", "google"
+
 
 @dataclass(frozen=True)
 class EdgeConfig:
@@ -40,6 +42,13 @@ class EdgeConfig:
     )
     json_pretty: bool = field(
         default=False, metadata={"help": "whether answers are indented; streams never are"}
+    )
+    error_format: str = field(
+        default=ERROR_PROBLEM,
+        metadata={
+            "help": "how errors are told: problem documents (RFC 9457), or google (AIP-193)",
+            "choices": (ERROR_PROBLEM, ERROR_GOOGLE),
+        },
     )
     body_bytes_max: int = field(
         default=1024 * 1024, metadata={"help": "largest JSON body", "unit": "bytes", "min": 1}

@@ -10,6 +10,7 @@ from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
+from edge import aip193
 from edge.answer import NO_CONTENT, Answers, answers_of
 from edge.codec import CodecOptions
 from edge.contracts import Contracts
@@ -72,6 +73,7 @@ def openapi_document(
     title: str,
     version: str,
     json: CodecOptions = DEFAULT_JSON,
+    is_google: bool = False,
 ) -> dict[str, Any]:
     """Describe every route.
 
@@ -81,6 +83,7 @@ def openapi_document(
         title: of the API.
         version: of the API, not of OpenAPI.
         json: how answers are written.
+        is_google: whether errors are told as AIP-193 has them, not as problem documents.
 
     Returns:
         The document, made of plain dicts and lists, in a stable order.
@@ -103,7 +106,7 @@ def openapi_document(
         "info": {"title": title, "version": version, "description": _about(json)},
         "tags": [_with_description({"name": name}, text) for name, text in sorted(tags.items())],
         "paths": dict(sorted(paths.items())),
-        "components": _components(schemas),
+        "components": _components(schemas, is_google=is_google),
     }
 
 
@@ -392,8 +395,11 @@ def _with_description(thing: Schema, description: str) -> Schema:
     return thing | {"description": description} if description else thing
 
 
-def _components(schemas: Schemas) -> dict[str, Any]:
+def _components(schemas: Schemas, *, is_google: bool) -> dict[str, Any]:
     # A table: everything that operations refer to.
+    error_type, error = (
+        (aip193.CONTENT_TYPE, _GOOGLE_ERROR) if is_google else (CONTENT_TYPE, _PROBLEM)
+    )
     key_schema = {"type": "string", "minLength": 1, "maxLength": 255}
     key: Schema = {
         "name": "Idempotency-Key",
@@ -438,21 +444,44 @@ def _components(schemas: Schemas) -> dict[str, Any]:
         },
         "responses": {
             "Problem": {
-                "description": "What went wrong (RFC 9457).",
+                "description": f"What went wrong ({'AIP-193' if is_google else 'RFC 9457'}).",
                 "headers": {
                     "Retry-After": {
                         "schema": {"type": "integer"},
                         "description": "Seconds after which the same request may pass.",
                     }
                 },
-                "content": {CONTENT_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+                "content": {error_type: {"schema": {"$ref": "#/components/schemas/Problem"}}},
             }
         },
-        "schemas": dict(sorted((schemas.components | {"Problem": _PROBLEM}).items())),
+        "schemas": dict(sorted((schemas.components | {"Problem": error}).items())),
     }
 
 
 _TEXT: Schema = {"type": "string"}
+_GOOGLE_ERROR: Schema = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["code", "message", "status", "details"],
+            "properties": {
+                "code": {"type": "integer"},
+                "message": _TEXT,
+                "status": _TEXT | {"description": "The gRPC code's name: NOT_FOUND."},
+                "details": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"@type": _TEXT},
+                        "additionalProperties": True,
+                    },
+                },
+            },
+        },
+    },
+}
 _PROBLEM: Schema = {
     "type": "object",
     "required": ["type", "title", "status", "detail", "code", "reason", "request_id"],

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import orjson
@@ -63,16 +63,34 @@ class Problem:
         status: the HTTP status.
         headers: in lower case, beside content-length.
         document: the members of the problem document.
+        envelope: the name of the member that holds the document in an answer; "" for none. In
+            a stream the framing has its own.
     """
 
     status: int
     document: dict[str, Any]
     headers: dict[str, str] = field(default_factory=dict)
+    envelope: str = ""
 
     @property
     def body(self) -> bytes:
+        """The whole answer."""
+        return orjson.dumps({self.envelope: self.document}) if self.envelope else self.line
+
+    @property
+    def line(self) -> bytes:
         """The document as JSON without line breaks, so that a stream's last line can carry it."""
         return orjson.dumps(self.document)
+
+
+class ErrorTeller(Protocol):
+    """See problem_of: makes the answer that tells of an error, in one of several shapes."""
+
+    def __call__(
+        self, error: TenfoldError, *, request_id: str, route: Route | None = None
+    ) -> Problem:
+        """See problem_of."""
+        ...
 
 
 def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = None) -> Problem:

@@ -9,19 +9,20 @@ from pathlib import Path
 import orjson
 from google.protobuf.message import DecodeError
 
+from edge.aip193 import google_error_of
 from edge.answer import answers_of
 from edge.app import HEALTH_PATHS, Document, EdgeApp, Limits, Parts
 from edge.auth import Authenticator
 from edge.calls import CallLimits, Calls
 from edge.charges import Charges, prices_of
-from edge.codec import CodecOptions
-from edge.config import EdgeConfig
+from edge.config import ERROR_GOOGLE, EdgeConfig
 from edge.connect_calls import ConnectCalls
 from edge.contracts import ContractError, Contracts, load_contracts
 from edge.cors import Cors
 from edge.docs import docs_files
 from edge.health import Readiness
 from edge.openapi import openapi_document
+from edge.problem import problem_of
 from edge.quota_store import LocalQuotaStore, QuotaStore
 from edge.reachable import require_reachable
 from edge.routes import RouteTable
@@ -66,9 +67,10 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
         plan_of(route)
     for route in routes.routes:
         answers_of(route)
-    documents = _documents(routes, contracts, config.json)
+    documents = _documents(routes, contracts, config)
     require_reachable(routes, {*documents, *HEALTH_PATHS})
     prices = prices_of(routes.all_routes, config.quotas())
+    tell = google_error_of if config.error_format == ERROR_GOOGLE else problem_of
     open_streams = OpenStreams(config.streams_per_caller_max)
     methods = tuple(contracts.methods())
     async with AsyncExitStack() as stack:
@@ -88,6 +90,7 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
             limits,
             authenticator=authenticator,
             public_url=config.public_url.rstrip("/"),
+            tell=tell,
         )
         yield EdgeApp(
             Parts(
@@ -106,6 +109,7 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
                 open_streams=open_streams,
                 documents=documents,
                 authenticator=authenticator,
+                tell=tell,
                 trusted_hops=config.trusted_hops,
             )
         )
@@ -165,11 +169,18 @@ def _own_conditions(authenticator: Authenticator | None) -> dict[str, Callable[[
 
 
 def _documents(
-    routes: RouteTable, contracts: Contracts, json: CodecOptions
+    routes: RouteTable, contracts: Contracts, config: EdgeConfig
 ) -> dict[bytes, Document]:
     """The OpenAPI document and the reference, made once."""
     version = importlib.metadata.version("tenfold")
-    openapi = openapi_document(routes, contracts, title="Tenfold", version=version, json=json)
+    openapi = openapi_document(
+        routes,
+        contracts,
+        title="Tenfold",
+        version=version,
+        json=config.json,
+        is_google=config.error_format == ERROR_GOOGLE,
+    )
     headers = ((b"content-type", b"application/json"), (b"cache-control", b"no-cache"))
     documents = {OPENAPI_PATH: Document(headers, orjson.dumps(openapi))}
     for path, file in docs_files().items():

@@ -228,6 +228,18 @@ async def test_answers_are_written_as_the_settings_say(image: Path) -> None:
         assert {"sub_title", "custom_named"} <= book.keys()
 
 
+async def test_errors_are_told_as_the_setting_says(image: Path) -> None:
+    async with opened(image, error_format="google") as library:
+        library.fails("NOT_FOUND", "No such book.")
+        for path, status in [(BOOK, 404), ("/v1/nothing", 404), (f"{BOOK}?nothing=1", 400)]:
+            answer = await library.client.get(path)
+            assert answer.headers["content-type"] == "application/json"
+            assert answer.status_code == answer.json()["error"]["code"] == status
+        described = (await library.client.get("/openapi.json")).json()["components"]
+        assert described["responses"]["Problem"]["content"].keys() == {"application/json"}
+        assert described["schemas"]["Problem"]["required"] == ["error"]
+
+
 async def test_a_contract_that_the_edge_itself_stands_before_does_not_start(
     table_image: Path,
 ) -> None:
