@@ -110,7 +110,7 @@ class MessageCodec:
         Raises:
             ValueError: the message holds what JSON cannot write, such as a time out of range.
         """
-        return orjson.dumps(self.to_json(message))
+        return write_json(self.to_json(message))
 
 
 class Codecs:
@@ -507,6 +507,24 @@ def read_json(into: Into, message: AnyMessage, text: bytes) -> JsonValue:
 def codecs_of(pool: DescriptorPool, options: CodecOptions | None = None) -> Codecs:
     """The codecs of a pool, shared by its routes."""
     return Codecs(pool, options)
+
+
+def write_json(value: JsonValue, *, pretty: bool = False) -> bytes:
+    """Write what a ToJson made.
+
+    Args:
+        value: the document.
+        pretty: whether it is indented; else it is one line.
+
+    Raises:
+        ValueError: the message holds what JSON cannot write.
+    """
+    try:
+        return orjson.dumps(value, option=orjson.OPT_INDENT_2 if pretty else None)
+    except TypeError as error:
+        # Where a contract has text unchecked (proto2, utf8_validation = NONE), protobuf hands
+        # over the bytes of what is none.
+        raise ValueError("a string holds what is no UTF-8") from error
 
 
 class _ExtensionAsField:

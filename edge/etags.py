@@ -34,6 +34,7 @@ from shared.errors import (
 
 IF_MATCH, IF_NONE_MATCH = "If-Match", "If-None-Match"
 ANY_TAG = "*"
+ETAG_CHARACTERS_MAX = 512
 
 # RFC 9110, section 8.8.3, without obs-text.
 _TAG_TEXT = r'(?:W/)?"[!#-~]*"'
@@ -45,7 +46,9 @@ _WEAK = "W/"
 
 
 def tag_of_etag(etag: str) -> str:
-    """The entity tag for a field's value; "" for a field that is not set."""
+    """The entity tag for a field's value; "" for one that is not set, or too long for a header."""
+    if len(etag) > ETAG_CHARACTERS_MAX:
+        return ""
     if not etag or (etag.startswith(_WEAK) and _TAG.fullmatch(etag)):
         return etag
     return f'"{quote(etag, safe=_PLAIN)}"'

@@ -268,6 +268,10 @@ def decode_bool_text(value: str) -> bool:
 
 def encode_map_key(value: JsonValue) -> str:
     """A map's key as a JSON string."""
+    if type(value) is str:
+        return value
     if value is True or value is False:
         return "true" if value else "false"
+    if type(value) is bytes:  # text that protobuf had to leave unchecked
+        raise ValueError("a map's key is no UTF-8")
     return str(value)

@@ -10,11 +10,17 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import orjson
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from edge.codec import MessageCodec, Setter, codecs_of, read_json, require_parsable
+from edge.codec import (
+    MessageCodec,
+    Setter,
+    codecs_of,
+    read_json,
+    require_parsable,
+    write_json,
+)
 from edge.fields import AnyMessage, JsonValue, descriptor_of
 from edge.ignored import Ignored
 from edge.json_text import Wrong
@@ -123,10 +129,9 @@ def response_json(route: Route, message: Message, *, pretty: bool = False) -> by
         Internal: the answer holds what JSON cannot write (a time out of range, an unknown Any).
     """
     try:
-        value = plan_of(route).answer_json(message)
+        return write_json(plan_of(route).answer_json(message), pretty=pretty)
     except ValueError as error:
         raise Internal(f"the answer of {route.method.full_name} is no JSON: {error}") from error
-    return orjson.dumps(value, option=orjson.OPT_INDENT_2 if pretty else None)
 
 
 def answer_type(route: Route) -> str:

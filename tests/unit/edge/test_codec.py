@@ -2,23 +2,12 @@ import json
 import math
 
 import pytest
-from google.protobuf import json_format
-from hypothesis import HealthCheck, settings
 
 from edge.codec import ANY_LEVELS_MAX, CodecOptions, Codecs
+from edge.contracts import ContractError, Contracts
 from edge.json_text import Wrong
-
-PROPERTY = settings(
-    max_examples=100,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-OUR_MESSAGES = [
-    "tenfold.ledger.v1.Transaction",
-    "tenfold.media.v1.Video",
-    "tenfold.notification.v1.WatchInboxResponse",
-    "tenfold.auth.v1.CreateApiKeyRequest",
-]
+from tests.protos import compile_protos
+from tests.unit.edge.conftest import HERE
 
 
 @pytest.fixture(scope="session")
@@ -40,29 +29,6 @@ def read(codec, document):
 
 def written(codec, message):
     return json.loads(codec.json_of_message(message))
-
-
-def peer_parsed(codec, text):
-    """Parse with google.protobuf.json_format."""
-    pool = codec.descriptor.file.pool
-    return json_format.Parse(text, codec.message_class(), descriptor_pool=pool)
-
-
-def peer_dict(message, **options):
-    pool = message.DESCRIPTOR.file.pool
-    text = json_format.MessageToJson(message, descriptor_pool=pool, **options)
-    return json.loads(text)
-
-
-def is_same(left, right):
-    """Equal JSON, numbers by value; floats may be written with other digits."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(is_same(left[k], right[k]) for k in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(is_same, left, right))
-    if isinstance(left, float) or isinstance(right, float):
-        return math.isclose(left, right, rel_tol=1e-6)
-    return left == right and type(left) is type(right)
 
 
 # --- what is accepted
@@ -330,6 +296,30 @@ def test_a_message_that_json_cannot_hold_is_a_value_error(codec, fill, what):
     fill(message)
     with pytest.raises(ValueError, match=what):
         codec.json_of_message(message)
+
+
+def test_text_that_is_no_utf_8_is_a_value_error(tmp_path):
+    """Where a contract has it unchecked (utf8_validation = NONE, proto2), a service may send it."""
+    pool = Contracts(compile_protos(HERE / "syntaxes", tmp_path)).pool
+    codec = Codecs(pool).of(pool.FindMessageTypeByName("syntaxes.edition.Edition"))
+    message = codec.message_class.FromString(b"\x1a\x01\xff")
+    with pytest.raises(ValueError, match="a string holds what is no UTF-8"):
+        codec.json_of_message(message)
+    legacy = Codecs(pool).of(pool.FindMessageTypeByName("syntaxes.legacy.Legacy"))
+    keyed = legacy.message_class.FromString(b"\x6a\x05\x0a\x01\xff\x10\x01")
+    with pytest.raises(ValueError, match="a map's key is no UTF-8"):
+        legacy.json_of_message(keyed)
+
+
+def test_two_fields_with_one_json_name_are_refused_by_both_names(tmp_path):
+    (tmp_path / "t.proto").write_text(
+        'syntax = "proto2"; package t; message Q {'
+        "option deprecated_legacy_json_field_conflicts = true;"
+        "optional string foo_bar = 1; optional string fooBar = 2; }"
+    )
+    pool = Contracts(compile_protos(tmp_path, tmp_path)).pool
+    with pytest.raises(ContractError, match=r"t\.Q\.foo_bar and t\.Q\.fooBar"):
+        Codecs(pool).of(pool.FindMessageTypeByName("t.Q"))
 
 
 def test_defaults_are_written_where_presence_says_nothing(codec, sparse_codec):

@@ -38,6 +38,7 @@ def condition_of(library):
         ("ü\n", '"%C3%BC%0A"'),
         ('W/"weak"', 'W/"weak"'),
         ("W/odd", '"W/odd"'),
+        ("x" * 513, ""),
     ],
 )
 def test_a_field_becomes_a_tag_in_quotes(etag, tag):
