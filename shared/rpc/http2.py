@@ -370,10 +370,10 @@ class Http2Connection(asyncio.Protocol):
         call.receiver.on_failure(error)
 
     def _on_reset(self, _flags: int, stream_id: int, payload: bytes) -> None:
+        code = _word(payload)
         call = self._calls.pop(stream_id, None)
         if call is None:
             return
-        code = _word(payload)
         call.receiver.on_failure(
             NotProcessed("the server refused the stream")
             if code == REFUSED_STREAM

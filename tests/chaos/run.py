@@ -1,4 +1,4 @@
-"""The long fault runs: stories are told to a mesh whose processes are killed at random.
+"""The long fault runs: stories told to a mesh whose processes are killed, and hostile input.
 
     python tests/chaos/run.py --kills 30 --seed 7
 
@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deploy.local.address import free_addresses
+from tests.fuzz.run import TARGETS, fuzz, is_installed
 from tests.kills import kill_at_random, told_to, violations
 from tests.mesh import running_mesh
 
@@ -42,14 +43,27 @@ def run(*, kills: int, seed: int) -> dict[str, object]:
     return {"what": what, "faults": made, "operations": operations, "violations": len(found)}
 
 
+def run_fuzzers(seconds: int) -> dict[str, object]:
+    """Fuzz what strangers send, one target after the other."""
+    inputs, crashes = 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        for target in TARGETS if is_installed() else ():
+            outcome = fuzz(target, seconds=seconds, folder=Path(folder))
+            inputs, crashes = inputs + outcome.inputs, crashes + bool(outcome.crash)
+            print(f"fuzzing {target}: {outcome.inputs} inputs {outcome.crash}")
+    what = f"hostile input, {seconds} s for each of {len(TARGETS)} fuzz targets"
+    return {"what": what, "faults": inputs, "operations": inputs, "violations": crashes}
+
+
 def main() -> int:
     """Run and report; 0 when nothing was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30, help="how many processes to kill")
+    parser.add_argument("--fuzz-s", type=int, default=120, help="seconds for each fuzz target")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="the schedule")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}")
-    rows = [run(kills=arguments.kills, seed=arguments.seed)]
+    rows = [run(kills=arguments.kills, seed=arguments.seed), run_fuzzers(arguments.fuzz_s)]
     print(json.dumps({"chaos": rows}))
     return 1 if any(row["violations"] for row in rows) else 0
 
