@@ -3,6 +3,7 @@
 No step knows a service. What a method needs is in its contract.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -142,6 +143,10 @@ class EdgeApp:
             await self._answer(exchange)
         except ClientLeft:
             exchange.status = CLIENT_LEFT_STATUS
+        except asyncio.CancelledError:
+            if exchange.request.has_left:
+                exchange.status = CLIENT_LEFT_STATUS
+            raise
         except TenfoldError as error:
             await self._refuse(exchange, error)
         except Exception:

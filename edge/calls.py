@@ -94,6 +94,8 @@ class Calls:
         answers.require_acceptable(exchange.header("accept"))
         request = await self._request(exchange)
         condition = _condition(exchange, request, answers)
+        if route.method.policy.idempotency is Idempotency.SAFE:
+            exchange.cancel_when_client_leaves()  # an effect goes on: the client may only be gone
         try:
             reply = await self._upstream.unary(route.method, request, caller_of(exchange))
         except TenfoldError as error:

@@ -214,6 +214,12 @@ class Exchange:
         length = self.headers.get(b"content-length", b"0")
         return b"transfer-encoding" in self.headers or length.strip(b" \t0") != b""
 
+    def cancel_when_client_leaves(self) -> None:
+        """Cancel the current task when the connection is closed: what it reads, nobody reads."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.request.on_left = task.cancel
+
     async def until_client_leaves(self) -> None:
         """Return when the connection is closed; only after the body is read."""
         await self.request.until_left()

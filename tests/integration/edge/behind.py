@@ -44,12 +44,16 @@ class Ledger(ledger_service_pb2_grpc.LedgerServiceServicer):
 
     def __init__(self) -> None:
         self.contexts: list[Context] = []
+        self.was_cut = asyncio.Event()
         self.transfers: dict[str, ledger_pb2.Transaction] = {}
 
     async def GetAccount(self, request: Any, context: Context) -> Any:
         self.contexts.append(context)
         if request.name.endswith("slow"):
-            await asyncio.sleep(30)
+            try:
+                await asyncio.sleep(30)
+            finally:
+                self.was_cut.set()
         if request.name.endswith("bug"):
             raise RuntimeError("secret of the house")
         if request.name.endswith("large"):

@@ -1,9 +1,11 @@
 """A REST call through the edge to a real gRPC server and back."""
 
+import asyncio
 import json
 import re
 from uuid import uuid4
 
+import httpx
 import pytest
 
 from tests.integration.edge.behind import KNOWN
@@ -196,3 +198,10 @@ async def test_the_reference_and_the_openapi_document_are_served(edge):
 async def test_accept_that_excludes_json_is_406(edge):
     answer = await edge.client.get(f"/v1/{KNOWN}", headers={**edge.bearer(), "accept": "image/png"})
     assert answer.status_code == 406
+
+
+async def test_a_client_that_leaves_a_read_cancels_it_at_the_service(edge):
+    edge.behind.ledger.was_cut.clear()
+    with pytest.raises(httpx.ReadTimeout):
+        await edge.client.get("/v1/accounts/slow", headers=edge.bearer(), timeout=0.5)
+    await asyncio.wait_for(edge.behind.ledger.was_cut.wait(), 5)
