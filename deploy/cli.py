@@ -167,19 +167,75 @@ def demo(data: DataOption = None) -> None:
 
 @app.command()
 def edge(
-    upstream: Annotated[str, typer.Option(help="HOST:PORT of the gRPC server to front.")],
-    listen: Annotated[str, typer.Option(help="HOST:PORT where REST is served.")] = "127.0.0.1:8080",
+    *,
+    upstream: Annotated[
+        list[str],
+        typer.Option(
+            help="HOST:PORT of your gRPC server. With several servers, repeat it as "
+            "PACKAGE=HOST:PORT; the longest package wins."
+        ),
+    ],
     descriptors: Annotated[
         Path | None,
-        typer.Option(help="A FileDescriptorSet of its contracts; default: Tenfold's own."),
+        typer.Option(
+            metavar="FILE",
+            help="Its contracts: a descriptor set with all imports, from 'buf build -o FILE' or "
+            "'protoc --include_imports --descriptor_set_out=FILE'.",
+        ),
+    ] = None,
+    reflect: Annotated[
+        bool, typer.Option("--reflect", help="Ask the server for its contracts (reflection).")
+    ] = False,
+    listen: Annotated[
+        str, typer.Option(help="HOST:PORT where REST is served; port 0 picks a free one.")
+    ] = "127.0.0.1:8080",
+    allow_anonymous: Annotated[
+        bool,
+        typer.Option(
+            "--allow-anonymous",
+            help="Let anybody call the methods that say nothing of who may: all of them, unless "
+            "your contracts use Tenfold's options.",
+        ),
+    ] = False,
+    upstream_tls: Annotated[
+        bool, typer.Option("--upstream-tls", help="Reach the server over TLS.")
+    ] = False,
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PEM file of the authorities that vouch for it; without it, the public ones.",
+        ),
     ] = None,
 ) -> None:
-    """Serve REST for any gRPC server, from its descriptors alone."""
-    environ = {**os.environ, "TENFOLD_UPSTREAMS": f"*={upstream}", EDGE_SETTING: listen}
-    if descriptors:
-        environ["TENFOLD_EDGE_DESCRIPTORS"] = str(descriptors.absolute())
+    """Serve REST for any gRPC server whose contracts carry google.api.http.
+
+    Nothing else of Tenfold needs to run. With a server that has reflection on port 50051:
+
+    \b
+        tenfold edge --reflect --upstream 127.0.0.1:50051 --allow-anonymous
+        curl http://127.0.0.1:8080/openapi.json
+
+    Limits are the settings TENFOLD_EDGE_..., per address: 'tenfold config' lists them.
+    """  # noqa: D301 - \b keeps the lines of the example
+    if (descriptors is None) != reflect:
+        raise LaunchError("Say where the contracts are: either --descriptors FILE, or --reflect.")
+    if ca is not None and not upstream_tls:
+        raise LaunchError("--ca is of use only with --upstream-tls.")
+    require_known(os.environ, load_settings())
+    given = {
+        "TENFOLD_UPSTREAMS": _upstreams(upstream),
+        EDGE_SETTING: str(Address.parse(listen, setting="--listen")),
+        "TENFOLD_EDGE_DESCRIPTORS": str(descriptors.absolute()) if descriptors else "",
+        "TENFOLD_EDGE_REFLECT": str(reflect),
+        "TENFOLD_EDGE_ALLOW_ANONYMOUS": str(allow_anonymous),
+        "TENFOLD_EDGE_UPSTREAM_TLS": str(upstream_tls),
+        "TENFOLD_EDGE_UPSTREAM_CA": str(ca.absolute()) if ca else "",
+        # With identities it would be the edge of a mesh.
+        "TENFOLD_IDENTITY_FOLDER": "",
+    }
     command = [sys.executable, "-P", "-m", "edge"]
-    os.execve(command[0], command, environ)  # noqa: S606 - that is the point
+    os.execve(command[0], command, {**os.environ, **given})  # noqa: S606 - that is the point
 
 
 def main() -> None:
@@ -189,6 +245,18 @@ def main() -> None:
     except LaunchError as error:
         print(f"tenfold: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _upstreams(options: list[str]) -> str:
+    """Several "HOST:PORT" or "PACKAGE=HOST:PORT" as TENFOLD_UPSTREAMS has them."""
+    addresses: dict[str, Address] = {}
+    for text in options:
+        package, equals, address = text.rpartition("=")
+        package = package if equals else "*"
+        if package in addresses:
+            raise LaunchError(f"--upstream is given twice for '{package}': name a package in each.")
+        addresses[package] = Address.parse(address, setting="--upstream")
+    return ",".join(f"{package}={address}" for package, address in addresses.items())
 
 
 def _data_path(option: Path | None) -> Path:

@@ -7,46 +7,80 @@ and one sentence. Whoever starts it gives it the parent-death signal, if it shal
 import asyncio
 import os
 import signal
-import socket
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 
 import uvloop
 
+from edge.api import Api
 from edge.config import EdgeConfig
 from edge.contracts import ContractError
+from edge.docs import DOCS_PATH
 from edge.serving import ListenError, bind, serving
-from edge.wiring import Surroundings, open_edge
+from edge.wiring import Surroundings, load_api, open_edge
 from shared import log
 from shared.clock import SystemClock
 from shared.config import ConfigError, ProcessConfig, load, read_identity_key
 from shared.identity import EDGE_ISSUER, IdentitySigner
 from shared.rpc.client import Upstreams
+from shared.rpc.tls import ClientTls
 
 _log = log.get_logger("edge")
 
 
 async def run(config: EdgeConfig, process: ProcessConfig) -> None:
-    """Serve until signalled.
+    """Serve until signalled; a signal that comes before it serves, or a second one, ends it.
 
     Raises:
         ConfigError: a setting is wrong.
         ContractError: the contracts cannot be served.
         ListenError: the address is taken, or none.
+        asyncio.CancelledError: a signal has ended it.
     """
+    stop = _Stop()
     around = _surroundings(config, process)
-    listener = bind(config.listen, setting="TENFOLD_EDGE_LISTEN")
     log.install_loop_handler(asyncio.get_running_loop())
-    with closing(listener):
-        await _serve(config, around, listener)
+    # Before it listens: what cannot be served shall not look like a server.
+    api = await load_api(config, around, _tell)
+    with closing(bind(config.listen, setting="TENFOLD_EDGE_LISTEN")) as listener:
+        async with open_edge(config, around, api) as app, serving(app, config, listener) as port:
+            _say_where(config, around, api, port)
+            await stop.asked()
+            _log.info("draining")
 
 
-async def _serve(config: EdgeConfig, around: Surroundings, listener: socket.socket) -> None:
-    async with open_edge(config, around) as app, serving(app, config, listener) as port:
-        host = config.listen.rpartition(":")[0]
-        _log.info("serving", host=host, port=port, url=f"http://{host}:{port}")
-        await _until_signalled()
-        _log.info("draining")
+class _Stop:
+    """SIGTERM and SIGINT: the first asks a serving process to drain; any other ends it."""
+
+    def __init__(self) -> None:
+        self._asked: asyncio.Event | None = None
+        self._task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    async def asked(self) -> None:
+        """Return when the process shall drain."""
+        self._asked = asyncio.Event()
+        await self._asked.wait()
+
+    def _on_signal(self) -> None:
+        if self._asked is not None and not self._asked.is_set():
+            self._asked.set()
+        elif self._task is not None:
+            self._task.cancel()
+
+
+def _say_where(config: EdgeConfig, around: Surroundings, api: Api, port: int) -> None:
+    host = config.listen.rpartition(":")[0]
+    url, route_count = f"http://{host}:{port}", len(api.routes.routes)
+    targets = sorted(set(around.upstreams.targets.values()))
+    _log.info("serving", host=host, port=port, url=url, routes=route_count, upstreams=targets)
+    if around.signer is None:
+        what = f"{route_count} route{'s' if route_count > 1 else ''} of {', '.join(api.packages)}"
+        behind = ", ".join(targets)
+        _tell(f"{url} serves {what} from {behind}; the reference is at {url}{DOCS_PATH}")
 
 
 def _surroundings(config: EdgeConfig, process: ProcessConfig) -> Surroundings:
@@ -54,21 +88,37 @@ def _surroundings(config: EdgeConfig, process: ProcessConfig) -> Surroundings:
         upstreams = Upstreams.parse(process.upstreams or f"*={process.listen}")
     except ValueError as error:
         raise ConfigError(f"TENFOLD_UPSTREAMS={process.upstreams!r}: {error}.") from error
+    if config.reflect and config.descriptors:
+        raise ConfigError("TENFOLD_EDGE_REFLECT and TENFOLD_EDGE_DESCRIPTORS exclude each other.")
     # A stranger's server, fronted by its descriptors alone, knows nothing of our identities.
-    is_foreign = bool(config.descriptors) and not process.identity_folder
+    is_foreign = bool(config.descriptors or config.reflect) and not process.identity_folder
+    if config.allow_anonymous and not is_foreign:
+        raise ConfigError("TENFOLD_EDGE_ALLOW_ANONYMOUS is not for an edge that knows identities.")
     signer = None
     if not is_foreign:
         key = read_identity_key(process.identity_path, EDGE_ISSUER)
         signer = IdentitySigner(EDGE_ISSUER, key)
-    return Surroundings(upstreams, signer, process.valkey_url, SystemClock())
+    return Surroundings(upstreams, signer, process.valkey_url, SystemClock(), _tls(config))
 
 
-async def _until_signalled() -> None:
-    signalled = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled.set)
-    await signalled.wait()
+def _tls(config: EdgeConfig) -> ClientTls | None:
+    if not config.upstream_tls:
+        if config.upstream_ca:
+            raise ConfigError("TENFOLD_EDGE_UPSTREAM_CA needs TENFOLD_EDGE_UPSTREAM_TLS=true.")
+        return None
+    if not config.upstream_ca:
+        return ClientTls()
+    try:
+        return ClientTls.of_file(Path(config.upstream_ca))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"TENFOLD_EDGE_UPSTREAM_CA={config.upstream_ca}: {reason}.") from error
+
+
+def _tell(sentence: object) -> None:
+    """Say one sentence to whoever started it; names in it may come from anywhere."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(sentence))
+    print(f"edge: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def main() -> None:
@@ -77,10 +127,13 @@ def main() -> None:
         process = load(ProcessConfig, "TENFOLD_", os.environ)
         config = load(EdgeConfig, "TENFOLD_EDGE_", os.environ)
         log.configure(process.log_level)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with (
+            suppress(asyncio.CancelledError),
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
             runner.run(run(config, process))
     except (ConfigError, ContractError, ListenError) as error:
-        print(f"edge: {error}", file=sys.stderr)  # noqa: T201 - to whoever starts it
+        _tell(error)
         sys.exit(1)
 
 

@@ -281,8 +281,7 @@ class EdgeApp:
             exchange.principal = await self._parts.authenticator.principal_of(exchange)
 
     def _authorize(self, exchange: Exchange) -> None:
-        if self._parts.authenticator is not None:
-            authorize(exchange.call.method.policy, exchange.principal)
+        authorize(exchange.call.method.policy, exchange.principal)
 
     async def _charge(self, exchange: Exchange) -> None:
         block = address_block(exchange.address)

@@ -20,6 +20,25 @@ class EdgeConfig:
         default="",
         metadata={"help": "a FileDescriptorSet to serve instead of Tenfold's own contracts"},
     )
+    reflect: bool = field(
+        default=False,
+        metadata={"help": "whether the upstreams are asked for the contracts to serve"},
+    )
+    reflect_wait_s: float = field(
+        default=30.0,
+        metadata={"help": "how long an upstream that is asked may be away", "unit": "s", "min": 0},
+    )
+    allow_anonymous: bool = field(
+        default=False,
+        metadata={"help": "whether anybody may call methods that say nothing of who may"},
+    )
+    upstream_tls: bool = field(
+        default=False, metadata={"help": "whether the upstreams are reached over TLS"}
+    )
+    upstream_ca: str = field(
+        default="",
+        metadata={"help": "PEM file of authorities that vouch for them; empty for public ones"},
+    )
     public_url: str = field(
         default="",
         metadata={"help": "scheme and host that clients use; empty takes them from the request"},

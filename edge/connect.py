@@ -63,6 +63,9 @@ _STATUS: Mapping[str, int] = {
     "INTERNAL": 500,
     "UNAVAILABLE": 503,
     "UNAUTHENTICATED": 401,
+    "OUT_OF_RANGE": 400,
+    "UNKNOWN": 500,
+    "DATA_LOSS": 500,
 }
 # What HTTP has a status for and gRPC another code than that of its class.
 _CODES: Mapping[type[TenfoldError], str] = {

@@ -4,8 +4,9 @@ Everything is read from one FileDescriptorSet, ours or another's, into a pool of
 own: the edge imports no generated module of a service.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from google.api import (
     annotations_pb2,
@@ -14,14 +15,16 @@ from google.api import (
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.descriptor_pb2 import (
     DescriptorProto,
+    Edition,
     EnumDescriptorProto,
     FileDescriptorProto,
     FileDescriptorSet,
     MethodOptions,
 )
 from google.protobuf.descriptor_pool import DescriptorPool
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.unknown_fields import UnknownFieldSet
 from tenfold.options.v1 import policy_pb2
 
 from shared.rpc.policy import Access, Idempotency, MethodPolicy, contracts, load_policies
@@ -30,6 +33,13 @@ from shared.rpc.policy import Access, Idempotency, MethodPolicy, contracts, load
 _FILE_MESSAGES, _FILE_ENUMS, _FILE_SERVICES = 4, 5, 6
 _MESSAGE_FIELDS, _MESSAGE_NESTED, _MESSAGE_ENUMS = 2, 3, 4
 _ENUM_VALUES, _SERVICE_METHODS = 2, 2
+_FILE_EDITION = 14
+# Those that are released, by number: 1000 is 2023.
+_EDITIONS = {
+    number: name.removeprefix("EDITION_")
+    for name, number in Edition.items()
+    if name.removeprefix("EDITION_").isdigit()
+}
 
 
 class ContractError(ValueError):
@@ -75,6 +85,11 @@ class MethodInfo:
         return self.full_name.rpartition("/")[2]
 
     @property
+    def is_bound(self) -> bool:
+        """Whether the contract binds it to an HTTP path, besides its RPC path."""
+        return self.rule is not None or bool(self.options.raw)
+
+    @property
     def is_reachable(self) -> bool:
         """Whether REST may reach it at all."""
         return not self.options.internal and self.policy.access is not Access.SERVICE
@@ -85,7 +100,8 @@ class Contracts:
 
     Args:
         file_set: the files with all they import (protoc --include_imports), in any order;
-            with source info (--include_source_info), their comments are known too.
+            with source info (--include_source_info), their comments are known too. The same
+            file may be there twice: descriptor sets can be joined with cat.
 
     Raises:
         ContractError: a file is missing or does not build.
@@ -93,15 +109,25 @@ class Contracts:
 
     def __init__(self, file_set: FileDescriptorSet) -> None:
         # Parsed again so that options read before their extensions were imported are known.
-        self.file_set = FileDescriptorSet.FromString(file_set.SerializeToString())
+        self.file_set = _without_repeats(FileDescriptorSet.FromString(file_set.SerializeToString()))
         self.pool = DescriptorPool()
         self._add_files()
         self._comments: dict[str, str] | None = None
 
     @classmethod
     def of_bytes(cls, image: bytes) -> "Contracts":
-        """The contracts of a serialized FileDescriptorSet."""
-        return cls(FileDescriptorSet.FromString(image))
+        """The contracts of a serialized FileDescriptorSet.
+
+        Raises:
+            ContractError: it is none, or it is not complete, or a file of it does not build.
+        """
+        try:
+            file_set = FileDescriptorSet.FromString(image)
+        except DecodeError as error:
+            raise ContractError("it is no FileDescriptorSet, or only a part of one") from error
+        if not file_set.file:
+            raise ContractError("it is a FileDescriptorSet without any file, or none at all")
+        return cls(file_set)
 
     def message(self, full_name: str) -> Descriptor:
         """The descriptor of a message; KeyError if there is none."""
@@ -154,6 +180,8 @@ class Contracts:
     def _add_files(self) -> None:
         """Add each file after what it imports."""
         waiting = {file.name: file for file in self.file_set.file}
+        for file in waiting.values():
+            _require_complete(file, waiting)
         while waiting:
             ready = [file for file in waiting.values() if not waiting.keys() & set(file.dependency)]
             if not ready:
@@ -178,6 +206,38 @@ class Contracts:
 def load_contracts() -> Contracts:
     """Tenfold's own contracts, from the image that `make stubs` writes."""
     return Contracts(contracts())
+
+
+def _without_repeats(file_set: FileDescriptorSet) -> FileDescriptorSet:
+    files: dict[str, FileDescriptorProto] = {}
+    for file in file_set.file:
+        if files.setdefault(file.name, file) != file:
+            raise ContractError(f"two different files are named {file.name}")
+    if len(files) == len(file_set.file):
+        return file_set
+    return FileDescriptorSet(file=files.values())
+
+
+def _require_complete(file: FileDescriptorProto, names: Container[str]) -> None:
+    """Refuse in our own words what the pool would refuse in its.
+
+    Raises:
+        ContractError: the file imports what is not there, or has an edition yet to come.
+    """
+    for imported in file.dependency:
+        if imported not in names:
+            remedy = "write the set with protoc --include_imports, or with buf build"
+            raise ContractError(f"{file.name} imports {imported}, which is missing: {remedy}")
+    if file.syntax == "editions" and _edition(file) not in _EDITIONS:
+        what = f"{file.name} is of an unknown edition, number {_edition(file)}"
+        raise ContractError(f"{what}: the last known is {max(_EDITIONS.values())}")
+
+
+def _edition(file: FileDescriptorProto) -> int:
+    """The number of a file's edition, also of one that descriptor.proto does not name yet."""
+    unknown: Any = UnknownFieldSet(file)  # its stub lacks __iter__
+    numbers = [field.data for field in unknown if field.field_number == _FILE_EDITION]
+    return int(numbers[0]) if numbers else file.edition
 
 
 def _clean_comment(comment: str) -> str:

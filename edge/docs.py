@@ -3,8 +3,8 @@
 Nothing is loaded from another host, and the content security policy says so.
 """
 
+import html
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
 
 from swagger_ui_bundle import swagger_ui_path
@@ -29,21 +29,21 @@ CONTENT_SECURITY_POLICY = "; ".join(
     ]
 )
 
-_INDEX = f"""<!DOCTYPE html>
+_INDEX = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>API reference</title>
-<link rel="stylesheet" href="{DOCS_PATH}/swagger-ui.css">
-<link rel="stylesheet" href="{DOCS_PATH}/index.css">
-<link rel="icon" type="image/png" href="{DOCS_PATH}/favicon-32x32.png">
+<title>%(title)s: API reference</title>
+<link rel="stylesheet" href="%(docs)s/swagger-ui.css">
+<link rel="stylesheet" href="%(docs)s/index.css">
+<link rel="icon" type="image/png" href="%(docs)s/favicon-32x32.png">
 </head>
 <body>
 <div id="swagger-ui"></div>
-<noscript>This page needs JavaScript; the document itself is at {OPENAPI_PATH}.</noscript>
-<script src="{DOCS_PATH}/swagger-ui-bundle.js"></script>
-<script src="{DOCS_PATH}/start.js"></script>
+<noscript>This page needs JavaScript; the document itself is at %(openapi)s.</noscript>
+<script src="%(docs)s/swagger-ui-bundle.js"></script>
+<script src="%(docs)s/start.js"></script>
 </body>
 </html>
 """
@@ -74,11 +74,15 @@ class StaticFile:
     headers: MappingProxyType[str, str]
 
 
-@cache
-def docs_files() -> MappingProxyType[str, StaticFile]:
-    """Every file of the reference by its URL path: "/docs", "/docs/start.js" and so on."""
+def docs_files(title: str) -> MappingProxyType[str, StaticFile]:
+    """Every file of the reference by its URL path: "/docs", "/docs/start.js" and so on.
+
+    Args:
+        title: of the API, for the page's own.
+    """
+    names = {"title": html.escape(title), "docs": DOCS_PATH, "openapi": OPENAPI_PATH}
     files = {
-        DOCS_PATH: _static(_INDEX.encode(), "text/html; charset=utf-8"),
+        DOCS_PATH: _static((_INDEX % names).encode(), "text/html; charset=utf-8"),
         f"{DOCS_PATH}/start.js": _static(_START.encode(), "text/javascript; charset=utf-8"),
     }
     for name in _BUNDLED:

@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 from edge.upstream import ChannelSource
-from shared.errors import TenfoldError
+from shared.errors import DeadlineExceeded, TenfoldError, Unavailable
 
 CHECK_TIMEOUT_S = 1.0
 # Anyone may ask, and each answer costs one call per service.
@@ -21,17 +22,22 @@ class Readiness:
         channels: where the services are.
         services: full names of the gRPC services that must serve.
         own: further conditions of this process: name -> whether it holds.
+        asks_servers: for servers that are not ours: asked for the health of the whole server,
+            and ready, too, if it answers that it knows nothing of health.
     """
 
     def __init__(
         self,
         channels: ChannelSource,
         services: Iterable[str],
-        own: dict[str, Callable[[], bool]],
+        own: Mapping[str, Callable[[], bool]] = MappingProxyType({}),
+        *,
+        asks_servers: bool = False,
     ) -> None:
         self._channels = channels
         self._services = sorted(services)
         self._own = own
+        self._asks_servers = asks_servers
         self._lock = asyncio.Lock()
         self._asked_at_s = float("-inf")
         self._missing: list[str] = []
@@ -48,9 +54,12 @@ class Readiness:
 
     async def _is_serving(self, service: str) -> bool:
         stub = health_pb2_grpc.HealthStub(self._channels.channel(service))
-        request = health_pb2.HealthCheckRequest(service=service)
+        name = "" if self._asks_servers else service
+        request = health_pb2.HealthCheckRequest(service=name)
         try:
             answer = await stub.Check(request, timeout=CHECK_TIMEOUT_S)
-        except TenfoldError:
+        except (Unavailable, DeadlineExceeded):
             return False
+        except TenfoldError:
+            return self._asks_servers
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -101,12 +101,14 @@ def openapi_document(
         for http_method in _EVERY_METHOD if is_any else (route.http_method,):
             own = dict(operation, operationId=_operation_id(route, operation_ids))
             paths.setdefault(path, {})[_path_item_key(http_method)] = own
+    operations = [operation for item in paths.values() for operation in item.values()]
+    has_security = any(operation["security"] for operation in operations)
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": version, "description": _about(json)},
         "tags": [_with_description({"name": name}, text) for name, text in sorted(tags.items())],
         "paths": dict(sorted(paths.items())),
-        "components": _components(schemas, is_google=is_google),
+        "components": _components(schemas, is_google=is_google, has_security=has_security),
     }
 
 
@@ -183,6 +185,9 @@ class _Operation:
         self.answer = descriptor_of(route.method.output)
         self.captured = {v.field_path.partition(".")[0] for v in route.template.variables}
         self.answers = None if route.raw else answers_of(route)
+        takes_key = self.policy.idempotency in {Idempotency.KEYED, Idempotency.OPTIONAL}
+        # The header Idempotency-Key fills it, where the contract says that this is its use.
+        self.filled = {REQUEST_ID_FIELD} if takes_key else set()
 
     def describe(self, path: str, parameters: list[tuple[str, Variable]]) -> dict[str, Any]:
         comment = self.contracts.comment(f"{self.method.service}.{self.method.name}")
@@ -225,7 +230,7 @@ class _Operation:
     def query_parameters(self) -> Iterator[Schema]:
         if self.route.raw is not None or self.route.body == "*":
             return
-        skipped = self.captured | {self.route.body, REQUEST_ID_FIELD}
+        skipped = self.captured | self.filled | {self.route.body}
         for field in self.request.fields:
             if field.name not in skipped:
                 yield from self.parameters_of_field(field, "", 1)
@@ -286,7 +291,7 @@ class _Operation:
         if not self.route.body:
             return None
         if self.route.body == "*":
-            skipped = self.captured | {REQUEST_ID_FIELD}
+            skipped = self.captured | self.filled
             fields = [field for field in self.request.fields if field.name not in skipped]
             schema = self.schemas.of_object(self.request, fields)
             schema.pop("description", None)  # the operation's own says it
@@ -395,7 +400,7 @@ def _with_description(thing: Schema, description: str) -> Schema:
     return thing | {"description": description} if description else thing
 
 
-def _components(schemas: Schemas, *, is_google: bool) -> dict[str, Any]:
+def _components(schemas: Schemas, *, is_google: bool, has_security: bool) -> dict[str, Any]:
     # A table: everything that operations refer to.
     error_type, error = (
         (aip193.CONTENT_TYPE, _GOOGLE_ERROR) if is_google else (CONTENT_TYPE, _PROBLEM)
@@ -408,14 +413,13 @@ def _components(schemas: Schemas, *, is_google: bool) -> dict[str, Any]:
         "description": "Names this request: repeated, it has one effect and the same answer. "
         "With another request it is refused (422); while the first runs, too (409).",
     }
+    bearer: Schema = {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An access token (JWT) from POST /v1/sessions, or an API key.",
+    }
     return {
-        "securitySchemes": {
-            "bearer": {
-                "type": "http",
-                "scheme": "bearer",
-                "description": "An access token (JWT) from POST /v1/sessions, or an API key.",
-            }
-        },
+        "securitySchemes": {"bearer": bearer} if has_security else {},
         "parameters": {
             "IdempotencyKey": key,
             "IdempotencyKeyRequired": key | {"required": True},

@@ -123,6 +123,7 @@ class RouteTable:
     def of_contracts(
         cls,
         contracts: Contracts | FileDescriptorSet,
+        methods: Iterable[MethodInfo] | None = None,
         *,
         serves_connect: bool = True,
         json: CodecOptions = DEFAULT_JSON,
@@ -131,6 +132,7 @@ class RouteTable:
 
         Args:
             contracts: what is served.
+            methods: those of them that are; None for all.
             serves_connect: whether RPC paths are answered, in the Connect protocol.
             json: how answers of REST are written; Connect's are always the default.
 
@@ -140,7 +142,8 @@ class RouteTable:
         """
         if isinstance(contracts, FileDescriptorSet):
             contracts = Contracts(contracts)
-        reachable = [method for method in contracts.methods() if method.is_reachable]
+        methods = contracts.methods() if methods is None else methods
+        reachable = [method for method in methods if method.is_reachable]
         routes = [route for method in reachable for route in _routes_of(method)]
         connect_routes = (route for method in reachable for route in _connect_routes_of(method))
         return cls(
@@ -304,8 +307,7 @@ def _connect_routes_of(method: MethodInfo) -> Iterator[Route]:
     A method needs no http rule for this if it has a policy of ours: that says who may call.
     Of a stranger's contract, only what is meant for HTTP is served.
     """
-    is_meant = method.rule is not None or bool(method.options.raw)
-    if not is_meant and method.policy.access is Access.NOBODY:
+    if not method.is_bound and method.policy.access is Access.NOBODY:
         return
     template = _template(method.full_name, method)
     yield Route("POST", template, method, body="*", is_connect=True)

@@ -1,39 +1,33 @@
 """The only place that chooses the edge's implementations."""
 
-import importlib.metadata
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
-from google.protobuf.message import DecodeError
-
 from edge.aip193 import google_error_of
-from edge.answer import answers_of
-from edge.app import HEALTH_PATHS, Document, EdgeApp, Limits, Parts
+from edge.api import Api, foreign_api, own_api
+from edge.app import EdgeApp, Limits, Parts
 from edge.auth import Authenticator
 from edge.calls import CallLimits, Calls
-from edge.charges import Charges, prices_of
+from edge.charges import Charges
 from edge.config import ERROR_GOOGLE, EdgeConfig
 from edge.connect_calls import ConnectCalls
-from edge.contracts import ContractError, Contracts, load_contracts
+from edge.contracts import load_contracts
 from edge.cors import Cors
-from edge.docs import docs_files
+from edge.foreign import Tell, contracts_of_file, contracts_of_servers, opened, require_upstreams
 from edge.health import Readiness
-from edge.openapi import openapi_document
 from edge.problem import problem_of
 from edge.quota_store import LocalQuotaStore, QuotaStore
-from edge.reachable import require_reachable
-from edge.routes import RouteTable
 from edge.streams import OpenStreams
-from edge.transcode import plan_of
 from edge.upstream import Upstream
+from shared import log
 from shared.clock import Clock
 from shared.identity import IdentitySigner
 from shared.rpc.client import Channels, Upstreams
+from shared.rpc.tls import ClientTls
 
-OPENAPI_PATH = b"/openapi.json"
+_log = log.get_logger("edge")
 
 
 @dataclass(frozen=True)
@@ -43,42 +37,74 @@ class Surroundings:
     Attributes:
         upstreams: where each service is.
         signer: signs identities as "edge"; None fronts a server that knows no identities, so
-            that the edge takes no credentials and lets every method be called.
-        valkey_url: where quotas are counted for all edges.
+            that the edge takes no credentials and serves what anybody may call.
+        valkey_url: where quotas are counted for all edges of a mesh.
         clock: where time comes from.
+        tls: how to speak to the upstreams; None for plaintext.
     """
 
     upstreams: Upstreams
     signer: IdentitySigner | None
     valkey_url: str
     clock: Clock
+    tls: ClientTls | None = None
+
+
+async def load_api(config: EdgeConfig, around: Surroundings, tell: Tell) -> Api:
+    """What the edge will serve, from where the settings say.
+
+    Args:
+        config: says where contracts come from, and whether anybody may call.
+        around: the servers that may be asked.
+        tell: takes a sentence about what is waited for, or left out.
+
+    Raises:
+        ContractError: it cannot be served.
+    """
+    services: frozenset[str] | None = None  # all
+    if config.reflect:
+        contracts, services = await contracts_of_servers(
+            around.upstreams, around.tls, wait_s=config.reflect_wait_s, tell=tell
+        )
+    elif config.descriptors:
+        contracts = contracts_of_file(Path(config.descriptors))
+    else:
+        contracts = load_contracts()
+    methods = [m for m in contracts.methods() if services is None or m.service in services]
+    if around.signer is not None:
+        return own_api(contracts, methods, config)
+    served = opened(methods, allow_anonymous=config.allow_anonymous)
+    require_upstreams(served.methods, around.upstreams)
+    for sentence in served.left_out:
+        tell(f"not served: {sentence}")
+    return foreign_api(contracts, served.methods, config)
 
 
 @asynccontextmanager
-async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[EdgeApp]:
+async def open_edge(
+    config: EdgeConfig, around: Surroundings, api: Api | None = None
+) -> AsyncIterator[EdgeApp]:
     """The app with everything it needs, running; leaving closes it.
 
+    Args:
+        config: limits, quotas and times.
+        around: what is there.
+        api: from `load_api`; None loads it now.
+
     Raises:
-        ContractError: the contracts cannot be served.
+        ContractError: it is loaded now, and cannot be served.
     """
-    contracts = _contracts(config)
-    routes = RouteTable.of_contracts(contracts, serves_connect=config.connect, json=config.json)
-    for route in routes.all_routes:  # compiled now, so that no request pays
-        plan_of(route)
-    for route in routes.routes:
-        answers_of(route)
-    documents = _documents(routes, contracts, config)
-    require_reachable(routes, {*documents, *HEALTH_PATHS})
-    prices = prices_of(routes.all_routes, config.quotas())
+    if api is None:
+        api = await load_api(config, around, _log.info)
     tell = google_error_of if config.error_format == ERROR_GOOGLE else problem_of
     open_streams = OpenStreams(config.streams_per_caller_max)
-    methods = tuple(contracts.methods())
     async with AsyncExitStack() as stack:
         channels = Channels(
             around.upstreams,
             around.signer,
-            policies={method.full_name: method.policy for method in methods},
+            policies={method.full_name: method.policy for method in api.methods},
             checks_health=around.signer is not None,
+            tls=around.tls,
         )
         stack.push_async_callback(channels.close)
         store = await _quota_store(stack, config, around)
@@ -94,20 +120,16 @@ async def open_edge(config: EdgeConfig, around: Surroundings) -> AsyncIterator[E
         )
         yield EdgeApp(
             Parts(
-                routes=routes,
+                routes=api.routes,
                 calls=calls,
                 connect_calls=ConnectCalls(upstream, calls, limits),
-                charges=Charges(store, prices),
+                charges=Charges(store, api.prices),
                 addresses=LocalQuotaStore(around.clock),
                 limits=Limits(config.requests_max, config.address_quota()),
-                cors=Cors(config.origins, routes),
-                readiness=Readiness(
-                    channels,
-                    {method.service for method in methods} if around.signer else (),
-                    _own_conditions(authenticator),
-                ),
+                cors=Cors(config.origins, api.routes),
+                readiness=_readiness(around, api, channels, authenticator),
                 open_streams=open_streams,
-                documents=documents,
+                documents=api.documents,
                 authenticator=authenticator,
                 tell=tell,
                 trusted_hops=config.trusted_hops,
@@ -144,16 +166,6 @@ async def _authenticator(
     )
 
 
-def _contracts(config: EdgeConfig) -> Contracts:
-    if not config.descriptors:
-        return load_contracts()
-    path = Path(config.descriptors)
-    try:
-        return Contracts.of_bytes(path.read_bytes())
-    except (OSError, DecodeError) as error:
-        raise ContractError(f"TENFOLD_EDGE_DESCRIPTORS={path} cannot be read: {error}") from error
-
-
 def _call_limits(config: EdgeConfig) -> CallLimits:
     return CallLimits(
         body_bytes_max=config.body_bytes_max,
@@ -162,28 +174,12 @@ def _call_limits(config: EdgeConfig) -> CallLimits:
     )
 
 
-def _own_conditions(authenticator: Authenticator | None) -> dict[str, Callable[[], bool]]:
+def _readiness(
+    around: Surroundings, api: Api, channels: Channels, authenticator: Authenticator | None
+) -> Readiness:
+    services = {method.service for method in api.methods}
     if authenticator is None:
-        return {}
-    return {"edge (revocations, signing keys)": lambda: authenticator.is_ready}
-
-
-def _documents(
-    routes: RouteTable, contracts: Contracts, config: EdgeConfig
-) -> dict[bytes, Document]:
-    """The OpenAPI document and the reference, made once."""
-    version = importlib.metadata.version("tenfold")
-    openapi = openapi_document(
-        routes,
-        contracts,
-        title="Tenfold",
-        version=version,
-        json=config.json,
-        is_google=config.error_format == ERROR_GOOGLE,
-    )
-    headers = ((b"content-type", b"application/json"), (b"cache-control", b"no-cache"))
-    documents = {OPENAPI_PATH: Document(headers, orjson.dumps(openapi))}
-    for path, file in docs_files().items():
-        pairs = tuple((name.encode(), value.encode()) for name, value in file.headers.items())
-        documents[path.encode()] = Document(pairs, file.body)
-    return documents
+        by_target = {around.upstreams.target_of(name): name for name in sorted(services)}
+        return Readiness(channels, by_target.values(), asks_servers=True)
+    own = {"edge (revocations, signing keys)": lambda: authenticator.is_ready}
+    return Readiness(channels, services, own)

@@ -153,6 +153,24 @@ class Internal(TenfoldError):
     reason = "INTERNAL"
 
 
+class OutOfRange(InvalidRequest):
+    """The request reached past the end; another's server says so, ours do not."""
+
+    reason = "OUT_OF_RANGE"
+
+
+class Unknown(Internal):
+    """A bug of a server that is not ours, which names no code for it."""
+
+    reason = "UNKNOWN"
+
+
+class DataLoss(Internal):
+    """What a server that is not ours calls beyond repair."""
+
+    reason = "DATA_LOSS"
+
+
 class IdempotencyKeyReused(InvalidRequest):
     """The same key came with another request."""
 

@@ -11,17 +11,17 @@ from typing import TypeAlias
 Headers: TypeAlias = dict[bytes, bytes]
 
 # In the static table of RFC 7541, appendix A.
-_METHOD_POST, _SCHEME_HTTP = b"\x83", b"\x86"
+_METHOD_POST, _SCHEME_HTTP, _SCHEME_HTTPS = b"\x83", b"\x86", b"\x87"
 _LITERAL, _NEVER_INDEXED = b"\x00", b"\x10"
 _TIMEOUT_DIGITS_MAX = 99_999_999
 
 
-def call_block(path: str, authority: str, user_agent: str) -> bytes:
+def call_block(path: str, authority: str, user_agent: str, *, is_encrypted: bool = False) -> bytes:
     """The headers that all calls of a method share."""
     return b"".join(
         (
             _METHOD_POST,
-            _SCHEME_HTTP,
+            _SCHEME_HTTPS if is_encrypted else _SCHEME_HTTP,
             field(b":path", path.encode("ascii")),
             field(b":authority", authority.encode("ascii")),
             field(b"te", b"trailers"),

@@ -10,7 +10,7 @@ from enum import IntEnum
 from functools import cache
 from importlib.resources import files
 
-from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorSet
+from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorSet
 from google.protobuf.duration_pb2 import Duration
 from tenfold.options.v1 import policy_pb2
 
@@ -19,6 +19,10 @@ UNARY_DEADLINE_DEFAULT_S, UNARY_DEADLINE_MAX_S = 10.0, 60.0
 STREAM_DEADLINE_DEFAULT_S = STREAM_DEADLINE_MAX_S = 3600.0
 
 REQUEST_ID_FIELD = "request_id"
+_ONE_STRING = (
+    (FieldDescriptorProto.TYPE_STRING, FieldDescriptorProto.LABEL_OPTIONAL),
+    (FieldDescriptorProto.TYPE_STRING, FieldDescriptorProto.LABEL_REQUIRED),
+)
 
 
 class Access(IntEnum):
@@ -55,7 +59,7 @@ class MethodPolicy:
         retry_safe: a client may retry on UNAVAILABLE.
         audit: each call leaves an audit entry.
         client_streaming, server_streaming: the method's shape.
-        has_request_id: the request message has a field request_id.
+        has_request_id: the request message has a string field request_id.
         principal_fields: request field -> the scope that frees it from naming the caller.
     """
 
@@ -148,7 +152,11 @@ def _seconds(duration: Duration) -> float:
 
 
 def _has_request_id(request: DescriptorProto | None) -> bool:
-    return request is not None and any(field.name == REQUEST_ID_FIELD for field in request.field)
+    if request is None:
+        return False
+    named = [field for field in request.field if field.name == REQUEST_ID_FIELD]
+    shapes = [(field.type, field.label) for field in named]
+    return bool(shapes) and shapes[0] in _ONE_STRING
 
 
 def _principal_fields(request: DescriptorProto | None) -> tuple[tuple[str, str], ...]:

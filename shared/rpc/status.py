@@ -40,6 +40,10 @@ _CODES: Mapping[type[TenfoldError], grpc.StatusCode] = {
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Unimplemented: grpc.StatusCode.UNIMPLEMENTED,
     errors.Internal: grpc.StatusCode.INTERNAL,
+    # Of servers that are not ours: the same to a caller as the class above each.
+    errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
+    errors.Unknown: grpc.StatusCode.UNKNOWN,
+    errors.DataLoss: grpc.StatusCode.DATA_LOSS,
 }
 
 # A reason whose class says more than its code.
@@ -49,11 +53,8 @@ _BY_REASON: Mapping[str, type[TenfoldError]] = {
 
 _BY_CODE: Mapping[grpc.StatusCode, type[TenfoldError]] = {
     **{code: kind for kind, code in _CODES.items()},
-    grpc.StatusCode.OUT_OF_RANGE: errors.InvalidRequest,
     # Nobody here asked for it: the core refused without a word (spec d.1).
     grpc.StatusCode.CANCELLED: errors.Unavailable,
-    grpc.StatusCode.UNKNOWN: errors.Internal,
-    grpc.StatusCode.DATA_LOSS: errors.Internal,
 }
 
 

@@ -14,7 +14,7 @@ import socket
 import time
 from base64 import b64decode
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -35,6 +35,7 @@ from shared.rpc.http2 import (
 )
 from shared.rpc.policy import MethodPolicy
 from shared.rpc.status import STATUS_DETAILS_KEY, error_of
+from shared.rpc.tls import ClientTls
 
 CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_S, PING_TIMEOUT_S = 20.0, 5.0
@@ -99,6 +100,7 @@ class UnaryChannel:
         target: "host:port" or "dns:///host:port".
         policies: by path; says which methods may be retried.
         checks_health: whether an address that says NOT_SERVING gets no calls.
+        tls: how the servers are believed; None speaks plaintext.
     """
 
     def __init__(
@@ -109,9 +111,11 @@ class UnaryChannel:
         checks_health: bool = True,
         keepalive_s: float = KEEPALIVE_S,
         ping_timeout_s: float = PING_TIMEOUT_S,
+        tls: ClientTls | None = None,
     ) -> None:
         self._host, self._port = _host_and_port(target)
         self._authority = target.removeprefix(_NO_PROXY_PREFIX)
+        self._context = tls.context() if tls is not None else None
         self._policies = policies
         self._open = partial(
             Http2Connection,
@@ -199,7 +203,9 @@ class UnaryChannel:
     def _block_of(self, path: str) -> bytes:
         block = self._blocks.get(path)
         if block is None:
-            block = self._blocks[path] = call_block(path, self._authority, USER_AGENT)
+            block = self._blocks[path] = call_block(
+                path, self._authority, USER_AGENT, is_encrypted=self._context is not None
+            )
         return block
 
     def _may_retry(self, path: str, attempt: int) -> bool:
@@ -269,7 +275,9 @@ class UnaryChannel:
                     if address in running:
                         running.pop(address)[1].cancel()
                     else:
-                        endpoint = _Endpoint(address, self._open, self._changed, self._watch_block)
+                        endpoint = _Endpoint(
+                            address, self._open, self._connect, self._changed, self._watch_block
+                        )
                         running[address] = endpoint, group.create_task(endpoint.run())
                 self._endpoints = [endpoint for endpoint, _ in running.values()]
                 self._wake_all()
@@ -291,6 +299,14 @@ class UnaryChannel:
             return list(known)
         self._name_error = None
         return [(str(where[0]), self._port) for *_, where in found]
+
+    async def _connect(self, connection: Http2Connection, address: tuple[str, int]) -> None:
+        await asyncio.get_running_loop().create_connection(
+            lambda: connection,
+            *address,
+            ssl=self._context,
+            server_hostname=self._host if self._context is not None else None,
+        )
 
     def _changed(self, *, is_lost: bool) -> None:
         if is_lost and not _is_address(self._host):
@@ -347,6 +363,7 @@ class _Endpoint:
     Args:
         address: host and port.
         open_connection: makes the protocol of a connection.
+        connect: connects it to the address.
         changed: told when calls may find something else here.
         watch_block: the headers of a health watch; b"" does not ask.
     """
@@ -355,6 +372,7 @@ class _Endpoint:
         self,
         address: tuple[str, int],
         open_connection: Callable[[Callable[[], None]], Http2Connection],
+        connect: Callable[[Http2Connection, tuple[str, int]], Awaitable[None]],
         changed: Callable[..., None],
         watch_block: bytes,
     ) -> None:
@@ -362,6 +380,7 @@ class _Endpoint:
         self.is_down = False
         self._address = address
         self._open_connection = open_connection
+        self._connect = connect
         self._changed = changed
         self._watch_block = watch_block
 
@@ -385,12 +404,11 @@ class _Endpoint:
 
     async def _hold_one(self, draining: list[Http2Connection]) -> None:
         """Connect once, and return when that connection takes no more calls, or none came."""
-        loop = asyncio.get_running_loop()
         closed = asyncio.Event()
         connection = self._open_connection(closed.set)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await loop.create_connection(lambda: connection, *self._address)
+                await self._connect(connection, self._address)
                 draining.append(connection)
                 await connection.has_begun
         except (OSError, TimeoutError, ConnectionLost) as error:

@@ -94,7 +94,12 @@ async def start_server(stack: AsyncExitStack, echo: Echo) -> int:
 
 
 async def start_edge(stack: AsyncExitStack, image: Path, upstreams: str, valkey_url: str) -> int:
-    config = EdgeConfig(listen="127.0.0.1:0", descriptors=str(image), api_burst_points=1_000_000)
+    config = EdgeConfig(
+        listen="127.0.0.1:0",
+        descriptors=str(image),
+        allow_anonymous=True,
+        api_burst_points=1_000_000,
+    )
     around = Surroundings(Upstreams.parse(upstreams), None, valkey_url, SystemClock())
     listener = stack.enter_context(closing(bind(config.listen, setting="listen")))
     # Inherited by what is accepted. uvloop sets it, asyncio's own loop here does not: without

@@ -74,7 +74,9 @@ async def opened(image: Path, **settings: Any) -> AsyncIterator[Library]:
     echo, server = Echo(methods), grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     server.add_generic_rpc_handlers([echo])
     upstream = f"*=127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    config = EdgeConfig(listen="127.0.0.1:0", descriptors=str(image), **settings)
+    config = EdgeConfig(
+        listen="127.0.0.1:0", descriptors=str(image), allow_anonymous=True, **settings
+    )
     around = Surroundings(Upstreams.parse(upstream), None, "", SystemClock())
     async with AsyncExitStack() as stack:
         await server.start()

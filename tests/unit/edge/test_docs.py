@@ -6,7 +6,7 @@ PAGE = "/docs"
 
 
 def test_the_page_loads_only_files_that_are_served_here():
-    files = docs_files()
+    files = docs_files("Tenfold")
     page = files[PAGE].body.decode()
     loaded = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert len(loaded) == 5
@@ -15,12 +15,12 @@ def test_the_page_loads_only_files_that_are_served_here():
 
 
 def test_no_page_may_run_inline_code_or_reach_another_host():
-    for file in docs_files().values():
+    for file in docs_files("Tenfold").values():
         policy = file.headers["content-security-policy"]
         assert "unsafe" not in policy
         assert "*" not in policy
         assert "default-src 'none'" in policy
         assert file.headers["x-content-type-options"] == "nosniff"
-    page = docs_files()[PAGE].body.decode()
+    page = docs_files("Tenfold")[PAGE].body.decode()
     assert "<style" not in page
     assert not re.search(r"<script(?![^>]*src)", page)

@@ -24,6 +24,9 @@ TABLE = {
     errors.DeadlineExceeded: (504, "DEADLINE_EXCEEDED"),
     errors.Unimplemented: (501, "UNIMPLEMENTED"),
     errors.Internal: (500, "INTERNAL"),
+    errors.OutOfRange: (400, "OUT_OF_RANGE"),
+    errors.Unknown: (500, "UNKNOWN"),
+    errors.DataLoss: (500, "DATA_LOSS"),
     errors.IdempotencyKeyReused: (422, "INVALID_ARGUMENT"),
     errors.IdempotencyInFlight: (409, "ABORTED"),
 }

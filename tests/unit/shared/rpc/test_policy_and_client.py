@@ -44,5 +44,9 @@ def test_the_longest_prefix_in_whole_words_wins() -> None:
     assert upstreams.target_of("tenfold.mediator.v1.Service") == "a:0"
     with pytest.raises(Unavailable):
         Upstreams.parse("tenfold.media=m:1").target_of("tenfold.auth.v1.X")
+
+
+@pytest.mark.parametrize("text", ["tenfold.media", "*=m", "*=m:", "=m:1", "*=http://m:1"])
+def test_an_upstream_without_a_package_or_a_port_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="package=host:port"):
-        Upstreams.parse("tenfold.media")
+        Upstreams.parse(text)

@@ -53,9 +53,9 @@ def test_a_service_s_own_error_comes_back_as_its_kind_with_its_reason() -> None:
     [
         (grpc.StatusCode.CANCELLED, errors.Unavailable),
         (grpc.StatusCode.UNAVAILABLE, errors.Unavailable),
-        (grpc.StatusCode.UNKNOWN, errors.Internal),
-        (grpc.StatusCode.DATA_LOSS, errors.Internal),
-        (grpc.StatusCode.OUT_OF_RANGE, InvalidRequest),
+        (grpc.StatusCode.UNKNOWN, errors.Unknown),
+        (grpc.StatusCode.DATA_LOSS, errors.DataLoss),
+        (grpc.StatusCode.OUT_OF_RANGE, errors.OutOfRange),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, errors.Overloaded),
         (grpc.StatusCode.DEADLINE_EXCEEDED, errors.DeadlineExceeded),
     ],
