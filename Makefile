@@ -9,6 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # What the environment is made of: when it changes, the stamp has another name.
 READY := $(VENV)/.ready-$(shell cat requirements.lock pyproject.toml | cksum | tr ' ' '-')
+# The peers of two benchmarks, apart from everything else.
+PEERS := .venv-peers
+PEERS_READY := $(PEERS)/.ready-$(shell cksum < tests/bench/requirements.lock | tr ' ' '-')
 BASELINE := tests/contracts/baseline.binpb
 IMAGE := proto/gen/tenfold/contracts.binpb
 STOPPER := --stop-with-parent $$PPID
@@ -41,6 +44,9 @@ stubs: $(READY) ## regenerate proto/gen from the contracts
 lock: $(READY) ## after a change of dependencies: pin them all, with hashes
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-header --no-annotate --no-emit-index-url --extra dev pyproject.toml -o requirements.lock
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-header --no-annotate --no-emit-index-url -c requirements.lock \
+		tests/bench/requirements.in -o tests/bench/requirements.lock
 
 baseline: $(READY) ## at a release: later contracts must not break these
 	@cp $(IMAGE) $(BASELINE)
@@ -51,12 +57,21 @@ demo: $(READY) ## against a running mesh: the story of one user, narrated
 bench-%: $(READY) ## a benchmark; its last line is one JSON object
 	@exec $(BIN)/python -m tests.bench.bench_$(subst -,_,$*) $(ARGS)
 
+bench-edge bench-http: $(PEERS_READY)
+
 chaos: $(READY) ## the long fault runs; the last line is one JSON object
 	@exec $(BIN)/python -m tests.chaos.run $(ARGS)
 
 clean: ## remove the environment and every cache; data folders stay
-	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 $(READY):
 	@deploy/environment.sh $(VENV)
 	@rm -f $(VENV)/.ready-* && touch $@
+
+$(PEERS_READY): $(READY)
+	@echo "Installing the peers of tests/bench/requirements.lock"
+	@rm -rf $(PEERS)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes \
+		--target $(PEERS) -r tests/bench/requirements.lock
+	@touch $@

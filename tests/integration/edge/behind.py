@@ -269,7 +269,7 @@ class Behind:
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
-        self._public = key.public_key().public_bytes(
+        self.public_pem = key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         self.edge_signer = IdentitySigner("edge", self.identity_pem)
@@ -299,7 +299,7 @@ class Behind:
     def _make_server(self, address: str) -> RpcServer:
         server = RpcServer(
             address=address,
-            verifier=IdentityVerifier({"edge": self._public}),
+            verifier=IdentityVerifier({"edge": self.public_pem}),
             config=RpcServerConfig(logs_requests=False),
         )
         auth, media = auth_service_pb2_grpc, media_service_pb2_grpc
