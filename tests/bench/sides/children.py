@@ -19,6 +19,8 @@ POLL_S = 0.02
 _CPUCLOCK_SCHED = 2  # linux/posix-timers.h
 
 ROOT = Path(__file__).resolve().parents[3]
+# Where `make` installs the peers, apart from our own environment.
+PEERS = ROOT / ".venv-peers"
 CORES = sorted(os.sched_getaffinity(0))
 # What is measured has a core to itself; what drives it, and what it calls, have the others.
 MEASURED = frozenset(CORES[:1])

@@ -10,14 +10,12 @@ import httpx
 from deploy.local import servers
 from deploy.local.address import free_addresses
 from tests.bench.sides import auth, envoy, samples
-from tests.bench.sides.children import BESIDE, ROOT, Child, module, running
+from tests.bench.sides.children import BESIDE, PEERS, Child, module, running
 from tests.bench.sides.contract import compile_contract, strangers
 from tests.bench.sides.hs256 import Caller, token_of
 from tests.bench.sides.looks import Side
 from tests.mesh import poll_until, running_program
 
-# Where `make` installs the peers, apart from our own environment.
-PEERS = ROOT / ".venv-peers"
 ENVOY = PEERS / "envoy" / "_bin" / "envoy"
 READY_TIMEOUT_S = 20.0
 # Quotas are decided, and counted, but never used up.
