@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1.health_pb2 import HealthCheckRequest  # type: ignore[import-untyped]
 
 from edge.upstream import ChannelSource
 from shared.errors import DeadlineExceeded, TenfoldError, Unavailable
 
 CHECK_TIMEOUT_S = 1.0
+_CHECK = "/grpc.health.v1.Health/Check"
 # Anyone may ask, and each answer costs one call per service.
 ANSWER_CACHE_S = 0.25
 
@@ -53,13 +55,25 @@ class Readiness:
         return self._missing + [name for name, holds in self._own.items() if not holds()]
 
     async def _is_serving(self, service: str) -> bool:
-        stub = health_pb2_grpc.HealthStub(self._channels.channel(service))
+        """Asked on both ways that requests take: what answers here answers them, too."""
         name = "" if self._asks_servers else service
         request = health_pb2.HealthCheckRequest(service=name)
         try:
-            answer = await stub.Check(request, timeout=CHECK_TIMEOUT_S)
+            answers = await asyncio.gather(
+                self._ask_for_unary(service, request), self._ask_for_streams(service, request)
+            )
         except (Unavailable, DeadlineExceeded):
             return False
         except TenfoldError:
             return self._asks_servers
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        return all(status == health_pb2.HealthCheckResponse.SERVING for status in answers)
+
+    async def _ask_for_unary(self, service: str, request: HealthCheckRequest) -> int:
+        answer = await self._channels.unary_channel(service).call(
+            _CHECK, request.SerializeToString(), metadata=(), timeout_s=CHECK_TIMEOUT_S
+        )
+        return int(health_pb2.HealthCheckResponse.FromString(answer.message).status)
+
+    async def _ask_for_streams(self, service: str, request: HealthCheckRequest) -> int:
+        stub = health_pb2_grpc.HealthStub(self._channels.channel(service))
+        return int((await stub.Check(request, timeout=CHECK_TIMEOUT_S)).status)

@@ -206,7 +206,7 @@ class Http1Request:
         block = b"\r\n".join(parts)
         if block.count(b"\n") != len(parts) - 1 or block.count(b"\r") != len(parts) - 1:
             block = b"\r\n".join([part.translate(None, b"\r\n\0") for part in parts])
-        return b"".join((_STATUS_LINES[status], _date_line(), constant, block, b"\r\n\r\n"))
+        return b"".join((_status_line(status), _date_line(), constant, block, b"\r\n\r\n"))
 
     def write(self, head: bytes, chunk: bytes, *, is_last: bool) -> None:
         """Send a part of the answer.
@@ -588,6 +588,11 @@ class Http1Connection(asyncio.Protocol):
             self._transport.pause_reading()
 
 
+def _status_line(status: int) -> bytes:
+    """Any status has one; those of other protocols, such as 460 of tus, have no phrase."""
+    return _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+
+
 def _size(headers: HeaderList) -> int:
     return sum(len(name) + len(value) + 4 for name, value in headers)
 
@@ -620,4 +625,4 @@ def _problem(refusal: _Refused) -> bytes:
         "x-content-type-options: nosniff\r\n"
         "connection: close\r\n\r\n"
     )
-    return _STATUS_LINES[refusal.status] + _date_line() + head.encode("ascii") + body
+    return _status_line(refusal.status) + _date_line() + head.encode("ascii") + body
