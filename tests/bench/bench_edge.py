@@ -19,7 +19,7 @@ backend, Valkey and auth have the others; Valkey's CPU is counted on neither sid
               engine. Peer: one FastAPI process that checks an HS256 token and takes from a token
               bucket in Valkey, and writes no log lines.
 
-  make bench-edge                    about six minutes
+  make bench-edge                    about six minutes; it needs Linux
   make bench-edge ARGS=--quick       half a minute, to see that it works; figures are rough
 """
 

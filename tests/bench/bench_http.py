@@ -5,7 +5,7 @@ connections; rounds alternate, and a ratio is the median of the ratios of neighb
 besides: whether a server hands over the target as it came. One that decodes "/a%2f..%2fb" cannot
 be used: google.api.http decodes per segment, and a proxy in front may have judged another path.
 
-  make bench-http                    about a minute
+  make bench-http                    about a minute; it needs Linux
   make bench-http ARGS=--quick       ten seconds, to see that it works; figures are rough
 """
 

@@ -36,7 +36,7 @@ class Child:
 
     def cpu_s(self) -> float:
         """CPU of the whole tree so far, user and system, every thread."""
-        return sum(_cpu_s(mark.pid) for mark in family(self.process.pid))
+        return sum(cpu_s(mark.pid) for mark in family(self.process.pid))
 
     def memory_mib(self) -> float:
         """Resident memory of the tree, shared pages counted by their share."""
@@ -107,7 +107,7 @@ def _wait_until_listening(process: subprocess.Popen[str], port: int, log: Path) 
     raise AssertionError(f"{process.args} did not start: {log.read_text()[-2000:]}")
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
     """User and system time of all threads, as /proc/PID/stat tells it, but in nanoseconds.
 
     The clock is that of clock_getcpuclockid(3), whose number Linux makes of the pid.
