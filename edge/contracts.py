@@ -6,6 +6,7 @@ own: the edge imports no generated module of a service.
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from google.api import (
@@ -74,7 +75,7 @@ class MethodInfo:
     rule: http_pb2.HttpRule | None
     has_side_effects: bool = True
 
-    @property
+    @cached_property
     def service(self) -> str:
         """The full name of its service: "tenfold.ledger.v1.LedgerService"."""
         return self.full_name[1:].partition("/")[0]

@@ -190,8 +190,10 @@ class Http1Request:
             constant: more headers, encoded.
         """
         self.is_answered = True
-        parts = [name + b": " + value for name, value in headers]
-        has_length = status in _BODILESS or any(name == b"content-length" for name, _ in headers)
+        parts, has_length = [], status in _BODILESS
+        for name, value in headers:
+            parts.append(name + b": " + value)
+            has_length = has_length or name == b"content-length"
         if not has_length:
             if self.version == "1.1":
                 self._is_chunked = True

@@ -181,7 +181,7 @@ class RouteTable:
             raise InvalidRequest("The path is not percent-encoded (RFC 3986, section 2.1).")
         decoded = [unquote_to_bytes(s) for s in raw] if b"%" in path else raw
         # RFC 3986 6.2.2.3: a client removes dot segments before it sends; "%2e" is no disguise.
-        if any(segment in DOT_SEGMENTS for segment in decoded):
+        if not DOT_SEGMENTS.isdisjoint(decoded):
             return NoMatch()
         last, colon, verb = raw[-1].rpartition(b":") if raw else (b"", b"", b"")
         if colon and b"%" in verb:

@@ -116,7 +116,8 @@ class Channels:
         self._checks_health = checks_health
         self._tls = tls
         self._channels: dict[str, Channel] = {}
-        self._unary_channels: dict[str, UnaryChannel] = {}
+        self._unary_channels: dict[str, UnaryChannel] = {}  # by target
+        self._unary_of_service: dict[str, UnaryChannel] = {}
         self._options = [
             ("grpc.service_config", service_config(self._policies, checks_health=checks_health)),
             ("grpc.enable_retries", 1),
@@ -151,6 +152,9 @@ class Channels:
 
     def unary_channel(self, service: str) -> UnaryChannel:
         """The way to a service, by its full name, for unary calls alone; cheaper than the other."""
+        known = self._unary_of_service.get(service)
+        if known is not None:
+            return known
         target = self.upstreams.target_of(service)
         channel = self._unary_channels.get(target)
         if channel is None:
@@ -162,12 +166,14 @@ class Channels:
                 ping_timeout_s=self._ping_timeout_s,
                 tls=self._tls,
             )
+        self._unary_of_service[service] = channel
         return channel
 
     async def close(self) -> None:
         """Close every channel; calls that still run are cut after half a second."""
         channels, self._channels = list(self._channels.values()), {}
         unary_channels, self._unary_channels = list(self._unary_channels.values()), {}
+        self._unary_of_service.clear()
         await asyncio.gather(
             *(channel.close(CLOSE_GRACE_S) for channel in channels),
             *(channel.close() for channel in unary_channels),
