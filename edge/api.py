@@ -1,6 +1,5 @@
 """What one edge serves: checked, compiled and described before it listens."""
 
-import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -89,6 +88,8 @@ class Api:
 
 def own_api(contracts: Contracts, methods: Iterable[MethodInfo], config: EdgeConfig) -> Api:
     """The contracts of a mesh, served to whom they say."""
+    import importlib.metadata
+
     version = importlib.metadata.version("tenfold")
     return Api.of(contracts, methods, config, title="Tenfold", version=version)
 

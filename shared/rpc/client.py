@@ -133,6 +133,8 @@ class Channels:
             ("grpc.max_receive_message_length", 16 * 1024 * 1024),
             ("grpc.max_metadata_size", 16 * 1024),
             ("grpc.use_local_subchannel_pool", 1),
+            # Services are reached directly, whatever proxy the environment names for the web.
+            ("grpc.enable_http_proxy", 0),
         ]
 
     def channel(self, service: str) -> "Channel":

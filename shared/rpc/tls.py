@@ -25,12 +25,13 @@ class ClientTls:
             OSError: it cannot be read.
             ValueError: it holds no certificate.
         """
-        tls = cls(path.read_bytes())
+        authorities = path.read_bytes()
         try:
-            tls.context()
+            # An empty file would stand for the public ones.
+            ssl.create_default_context(cadata=authorities.decode("latin-1") or " ")
         except ssl.SSLError as error:
             raise ValueError("it holds no certificate in PEM") from error
-        return tls
+        return cls(authorities)
 
     def context(self) -> ssl.SSLContext:
         """For a connection of our own HTTP/2 (RFC 9113 §3.3: ALPN chooses it)."""

@@ -92,3 +92,13 @@ def test_deploy_imports_shared_and_the_contracts_alone() -> None:
     foreign = {"services", "edge", "grpc", "tests"}
     for path in (ROOT / "deploy").rglob("*.py"):
         assert not foreign & {module.partition(".")[0] for module in imports_of(path)}, path
+
+
+def test_an_edge_loads_what_only_a_mesh_needs_when_it_is_one() -> None:
+    """Its start is waited for: databases, brokers and field rules would double it."""
+    show = "import sys, edge.__main__; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in shown.stdout.split()}
+    needless = {"redis", "nats", "protovalidate", "aiosqlite", "asyncpg", "argon2", "uvicorn"}
+    assert loaded & needless == set()
+    assert not {"edge.mesh", "edge.reflection"} & set(shown.stdout.split())

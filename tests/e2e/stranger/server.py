@@ -40,6 +40,7 @@ class Shop(shop_pb2_grpc.ShopServicer):
     async def WatchItems(self, request, context):
         for number in range(request.count):
             yield shop_pb2.Item(name=f"items/{number}")
+        await asyncio.sleep(request.pause_s)
         if request.code:
             await context.abort(CODES[request.code], "the shelf broke")
 

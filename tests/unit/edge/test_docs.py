@@ -24,3 +24,8 @@ def test_no_page_may_run_inline_code_or_reach_another_host():
     page = docs_files("Tenfold")[PAGE].body.decode()
     assert "<style" not in page
     assert not re.search(r"<script(?![^>]*src)", page)
+
+
+def test_the_page_has_the_name_of_the_api_and_nothing_that_its_name_brings():
+    page = docs_files("<b>&acme")[PAGE].body.decode()
+    assert "<title>&lt;b&gt;&amp;acme: API reference</title>" in page

@@ -3,10 +3,15 @@
 import json
 
 import pytest
+from google.protobuf.descriptor_pb2 import (
+    FieldDescriptorProto,
+    FileDescriptorProto,
+    FileDescriptorSet,
+)
 
 from shared.errors import Unavailable
 from shared.rpc.client import Upstreams, service_config
-from shared.rpc.policy import Access, Idempotency, contract_policies
+from shared.rpc.policy import Access, Idempotency, contract_policies, load_policies
 
 
 def test_every_method_of_our_contracts_has_a_policy() -> None:
@@ -18,6 +23,20 @@ def test_a_keyed_method_can_carry_its_key() -> None:
     for policy in contract_policies().values():
         if policy.idempotency is Idempotency.KEYED:
             assert policy.has_request_id or policy.client_streaming, policy.path
+
+
+@pytest.mark.parametrize(
+    ("label", "kind", "has_one"),
+    [("optional", "string", True), ("optional", "int32", False), ("repeated", "string", False)],
+)
+def test_only_one_text_can_be_a_request_id(label: str, kind: str, has_one: bool) -> None:
+    field = FieldDescriptorProto(name="request_id")
+    field.type = FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
+    field.label = FieldDescriptorProto.Label.Value(f"LABEL_{label.upper()}")
+    file = FileDescriptorProto(name="a.proto")
+    file.message_type.add(name="Q").field.append(field)
+    file.service.add(name="S").method.add(name="M", input_type=".Q", output_type=".Q")
+    assert load_policies(FileDescriptorSet(file=[file]))["/S/M"].has_request_id is has_one
 
 
 def test_deadlines_are_the_contract_s_or_the_general_ones() -> None:
