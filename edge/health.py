@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
@@ -58,15 +58,16 @@ class Readiness:
         """Asked on both ways that requests take: what answers here answers them, too."""
         name = "" if self._asks_servers else service
         request = health_pb2.HealthCheckRequest(service=name)
+        asks = self._ask_for_unary(service, request), self._ask_for_streams(service, request)
+        return all(await asyncio.gather(*map(self._says_serving, asks)))
+
+    async def _says_serving(self, ask: Awaitable[int]) -> bool:
         try:
-            answers = await asyncio.gather(
-                self._ask_for_unary(service, request), self._ask_for_streams(service, request)
-            )
+            return bool(await ask == health_pb2.HealthCheckResponse.SERVING)
         except (Unavailable, DeadlineExceeded):
             return False
         except TenfoldError:
             return self._asks_servers
-        return all(status == health_pb2.HealthCheckResponse.SERVING for status in answers)
 
     async def _ask_for_unary(self, service: str, request: HealthCheckRequest) -> int:
         answer = await self._channels.unary_channel(service).call(
