@@ -10,8 +10,8 @@ from edge.contracts import ContractError
 from edge.etags import Condition, ETags, etags_of, tag_of_etag
 from edge.fields import AnyMessage, descriptor_of
 from edge.http1 import HeaderList
+from edge.negotiation import choose_media_type
 from edge.routes import NAME_FIELD, Route
-from edge.streams import choose_media_type
 from edge.transcode import HTTP_BODY, JSON, answer_type, response_json
 from shared.rpc.policy import Access
 
@@ -71,9 +71,10 @@ class Answers:
         headers = [self.cache_control]
         if self.etags.is_answered:
             tag = tag_of_etag(self._resource(message).etag)
+            known = condition.known_form(tag) if condition is not None else ""
             if tag:
-                headers.append((b"etag", tag.encode()))
-            if condition is not None and condition.is_known(tag):
+                headers.append((b"etag", (known or tag).encode()))
+            if known:
                 return Answer(NOT_MODIFIED, headers, b"")
         if self.route.served_at:
             headers += self._location(message)
@@ -81,7 +82,7 @@ class Answers:
             return Answer(NO_CONTENT, headers, b"")
         if not self.is_json:
             http_body = self._resource(message)
-            headers.append((b"content-type", _content_type(http_body.content_type)))
+            headers.append((b"content-type", content_type_of(http_body.content_type)))
             return Answer(self.status, headers, http_body.data)
         headers.append((b"content-type", JSON.encode()))
         pretty = self.route.json.pretty
@@ -128,7 +129,8 @@ def _status(route: Route) -> int:
     return status
 
 
-def _content_type(text: str) -> bytes:
+def content_type_of(text: str) -> bytes:
+    """What a service says of its bytes, if a header can say it; else that they are bytes."""
     return text.encode() if _CONTENT_TYPE.fullmatch(text) else OCTET_STREAM
 
 

@@ -12,9 +12,11 @@ from edge.charges import Price, prices_of
 from edge.config import ERROR_GOOGLE, EdgeConfig
 from edge.contracts import Contracts, MethodInfo
 from edge.docs import OPENAPI_PATH, docs_files
+from edge.forwarding import Forwarding
 from edge.openapi import openapi_document
 from edge.reachable import require_reachable
 from edge.routes import RouteTable
+from edge.shapes import shape_of
 from edge.transcode import plan_of
 
 # How many packages a title names.
@@ -30,12 +32,14 @@ class Api:
         methods: all that its routes call, or that its own parts do.
         routes: their paths.
         prices: what each costs, by RPC path.
+        forwarding: which headers cross with each.
         documents: by path: the OpenAPI document, the reference and its files.
     """
 
     methods: tuple[MethodInfo, ...]
     routes: RouteTable
     prices: Mapping[str, Price]
+    forwarding: Forwarding
     documents: Mapping[bytes, Document]
 
     @classmethod
@@ -47,6 +51,7 @@ class Api:
         *,
         title: str,
         version: str,
+        takes_credentials: bool,
     ) -> "Api":
         """Compile contracts.
 
@@ -56,6 +61,7 @@ class Api:
             config: with the quotas.
             title: of the API, as its reference shows it.
             version: of the API, likewise.
+            takes_credentials: whether the edge itself reads Authorization.
 
         Raises:
             ContractError: they cannot be served.
@@ -66,8 +72,15 @@ class Api:
         )
         for route in routes.all_routes:  # compiled now, so that no request pays
             plan_of(route)
+            shape_of(route)
         for route in routes.routes:
             answers_of(route)
+        forwarding = Forwarding(
+            methods,
+            request_headers=config.request_headers,
+            response_headers=config.response_headers,
+            takes_credentials=takes_credentials,
+        )
         openapi = openapi_document(
             routes,
             contracts,
@@ -78,7 +91,8 @@ class Api:
         )
         documents = _documents(openapi, title)
         require_reachable(routes, {*documents, *HEALTH_PATHS})
-        return cls(methods, routes, prices_of(routes.all_routes, config.quotas()), documents)
+        prices = prices_of(routes.all_routes, config.quotas())
+        return cls(methods, routes, prices, forwarding, documents)
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -91,7 +105,9 @@ def own_api(contracts: Contracts, methods: Iterable[MethodInfo], config: EdgeCon
     import importlib.metadata
 
     version = importlib.metadata.version("tenfold")
-    return Api.of(contracts, methods, config, title="Tenfold", version=version)
+    return Api.of(
+        contracts, methods, config, title="Tenfold", version=version, takes_credentials=True
+    )
 
 
 def foreign_api(contracts: Contracts, methods: Iterable[MethodInfo], config: EdgeConfig) -> Api:
@@ -102,7 +118,8 @@ def foreign_api(contracts: Contracts, methods: Iterable[MethodInfo], config: Edg
     title += ", …" if len(packages) > TITLE_PACKAGES_MAX else ""
     last = packages[0].rpartition(".")[2]
     has_version = len(packages) == 1 and _VERSION.fullmatch(last)
-    return Api.of(contracts, methods, config, title=title, version=last if has_version else "1")
+    version = last if has_version else "1"
+    return Api.of(contracts, methods, config, title=title, version=version, takes_credentials=False)
 
 
 def _packages(methods: Iterable[MethodInfo]) -> tuple[str, ...]:

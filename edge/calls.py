@@ -1,31 +1,48 @@
-"""The three kinds of call: a unary method, a server stream, a raw binding.
+"""The kinds of call: a unary method, a server stream, a client stream, a raw binding.
 
 A request gets here when every other step has let it pass.
 """
 
 import asyncio
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 from edge import charges as charging
 from edge import raw, streams
 from edge.answer import Answers, answers_of
 from edge.auth import Authenticator
+from edge.client_streams import Requests, StreamLimits, collect
+from edge.compression import coded, codings_for, decoded, headers_of_coding, may_gain
 from edge.etags import Condition
 from edge.exchange import Exchange, address_block, too_large
-from edge.fields import AnyMessage, descriptor_of
+from edge.fields import AnyMessage
+from edge.forwarding import Forwarding, headers_of, in_bytes, metadata_of
+from edge.gzipped import GzipStream
+from edge.http1 import HeaderList
+from edge.json_text import Wrong
+from edge.negotiation import Codings, require_media_type
 from edge.problem import ErrorTeller, problem_of
-from edge.refusals import UnsupportedMediaType
-from edge.transcode import JSON, plan_of, request_message, response_json, set_request_id
-from edge.upstream import Caller, Upstream
-from shared.errors import DeadlineExceeded, InvalidRequest, TenfoldError, Unimplemented
+from edge.query import set_leaf
+from edge.shapes import shape_of
+from edge.transcode import (
+    JSON,
+    http_body_of,
+    plan_of,
+    request_message,
+    response_json,
+    set_request_id,
+)
+from edge.upstream import Caller, Reply, Upstream
+from shared.errors import DeadlineExceeded, InvalidRequest, TenfoldError
 from shared.rpc.policy import Idempotency
 
 IDEMPOTENCY_KEY_CHARACTERS_MAX = 255
-_CHARSET = re.compile(r'\s*charset\s*=\s*"?utf-?8"?\s*', re.IGNORECASE)
+# What W3C Trace Context §3.3.1.5 asks to carry at least; longer ones are dropped.
+TRACE_STATE_CHARACTERS_MAX = 512
+_TRACE_STATE = b"tracestate"
 
 
 @dataclass(frozen=True)
@@ -34,12 +51,16 @@ class CallLimits:
 
     Attributes:
         body_bytes_max: of a JSON body, or a raw one whose contract says nothing.
-        body_timeout_s: for a whole JSON body; for raw ones, the longest pause.
+        body_timeout_s: for a whole JSON body; for raw ones and streams, the longest pause.
+        line_bytes_max: of one line of a client stream.
+        stream_bytes_max: of the whole body of a client stream.
         heartbeat_s: the longest silence in a stream.
     """
 
     body_bytes_max: int
     body_timeout_s: float
+    line_bytes_max: int
+    stream_bytes_max: int
     heartbeat_s: float = streams.HEARTBEAT_S
 
 
@@ -50,6 +71,7 @@ class Calls:
         upstream: the services.
         open_streams: counts streams, and ends them from outside.
         limits: what one call may take.
+        forwarding: which headers cross.
         authenticator: None where the upstream knows no identities.
         public_url: scheme and host that clients use, or "" to take them from requests.
         tell: tells of an error that ends a stream.
@@ -60,6 +82,7 @@ class Calls:
         upstream: Upstream,
         open_streams: streams.OpenStreams,
         limits: CallLimits,
+        forwarding: Forwarding,
         *,
         authenticator: Authenticator | None = None,
         public_url: str = "",
@@ -68,6 +91,7 @@ class Calls:
         self._upstream = upstream
         self._open_streams = open_streams
         self._limits = limits
+        self._forwarding = forwarding
         self._authenticator = authenticator
         self._public_url = public_url
         self._tell = tell
@@ -83,7 +107,7 @@ class Calls:
         if exchange.call.raw is not None:
             await self._call_raw(exchange)
         elif method.client_streaming:
-            raise Unimplemented("Client streams are not served over REST.")
+            await self._call_client_stream(exchange)
         elif method.server_streaming:
             await self._call_stream(exchange)
         else:
@@ -92,43 +116,89 @@ class Calls:
     async def _call_unary(self, exchange: Exchange) -> None:
         route, answers = exchange.call, answers_of(exchange.call)
         answers.require_acceptable(exchange.header("accept"))
+        codings = codings_for(exchange, may_compress=shape_of(route).may_compress)
         request = await self._request(exchange)
         condition = _condition(exchange, request, answers)
         if route.method.policy.idempotency is Idempotency.SAFE:
             exchange.cancel_when_client_leaves()  # an effect goes on: the client may only be gone
         try:
-            reply = await self._upstream.unary(route.method, request, caller_of(exchange))
+            reply = await self._upstream.unary(route.method, request, self.caller_of(exchange))
         except TenfoldError as error:
             failure = condition.failure_of(error) if condition is not None else None
             if failure is None:
                 raise
             raise failure from error
-        if reply.is_replayed and exchange.charge is not None:
-            charging.note_replay(exchange.charge)
-        answer = answers.of(reply.message, condition)
+        await self._respond(exchange, reply, codings, condition)
+
+    async def _respond(
+        self,
+        exchange: Exchange,
+        reply: Reply,
+        codings: Codings,
+        condition: Condition | None = None,
+    ) -> None:
+        route = exchange.call
+        answer = answers_of(route).of(reply.message, condition)
         if reply.is_replayed:
+            if exchange.charge is not None:
+                charging.note_replay(exchange.charge)
             answer.headers.append((b"idempotency-replayed", b"true"))
+        answer.headers.extend(self.leaving(exchange, reply))
+        if may_gain(answer.body, codings) and shape_of(route).may_compress:
+            answer = await coded(answer, codings)
         await exchange.respond(answer.status, answer.headers, answer.body)
 
     async def _call_stream(self, exchange: Exchange) -> None:
-        route = exchange.call
-        framing = streams.choose_framing(exchange.header("accept"))
+        answer = self._stream_answer(exchange)
         request = await self._request(exchange)
-        cursor = exchange.header("last-event-id")
-        if cursor and streams.CURSOR_FIELD in descriptor_of(route.method.input).fields_by_name:
-            cast("AnyMessage", request).cursor = cursor
-        answer = streams.Answer(
+        _resume(exchange, request)
+        with self.opened(exchange) as ended:
+            stream = self._upstream.stream(exchange.call.method, request, self.caller_of(exchange))
+            leaving = self._leaving_stream(exchange)
+            await streams.relay(answer, stream, ended=ended, headers=leaving)
+
+    async def _call_client_stream(self, exchange: Exchange) -> None:
+        method, limits = exchange.call.method, self._limits
+        if method.server_streaming:
+            answer = self._stream_answer(exchange)
+        else:
+            answers_of(exchange.call).require_acceptable(exchange.header("accept"))
+            codings = codings_for(exchange, may_compress=shape_of(exchange.call).may_compress)
+        requests = Requests(
+            exchange,
+            StreamLimits(limits.line_bytes_max, limits.stream_bytes_max, limits.body_timeout_s),
+        )
+        caller = self.caller_of(exchange, _key_of_stream(exchange))
+        with self.opened(exchange) as ended:
+            call = self._upstream.bidirectional(method, caller)
+            if method.server_streaming:
+                send, leaving = partial(requests.send, call), self._leaving_stream(exchange)
+                await streams.relay(answer, call, ended=ended, send=send, headers=leaving)
+            else:
+                reply = await collect(exchange, requests, call, ended=ended)
+                await self._respond(exchange, reply, codings)
+
+    def _stream_answer(self, exchange: Exchange) -> streams.StreamAnswer:
+        route, shape = exchange.call, shape_of(exchange.call)
+        if shape.answers_bytes:
+            codings_for(exchange, may_compress=False)
+            return streams.ByteAnswer(exchange, partial(http_body_of, route))
+        framing = streams.choose_framing(exchange.header("accept"))
+        heartbeat_s = self._limits.heartbeat_s
+        may_compress = framing.may_compress and shape.may_compress
+        codings = codings_for(exchange, may_compress=may_compress)
+        return streams.Answer(
             exchange,
             framing,
             encode=lambda message: response_json(route, message),
             problem=lambda error: (
                 self._tell(error, request_id=exchange.request_id, route=route).line
             ),
-            heartbeat_s=self._limits.heartbeat_s,
+            heartbeat_s=heartbeat_s,
+            first_message_s=min(streams.FIRST_MESSAGE_S, heartbeat_s),
+            headers=headers_of_coding(codings) if may_compress else [],
+            gzip=GzipStream() if may_compress and codings.likes_gzip else None,
         )
-        with self.opened(exchange) as ended:
-            stream = self._upstream.stream(route.method, request, caller_of(exchange))
-            await streams.relay(answer, stream, ended=ended)
 
     async def _call_raw(self, exchange: Exchange) -> None:
         route, limits = exchange.call, self._limits
@@ -137,7 +207,7 @@ class Calls:
         _refuse_large(exchange, body_bytes_max)
         extra = raw.raw_metadata(exchange, public_url=self._public_url)
         with self.opened(exchange) as ended:
-            call = self._upstream.bidirectional(route.method, caller_of(exchange, extra))
+            call = self._upstream.bidirectional(route.method, self.caller_of(exchange, extra))
             await raw.relay(
                 exchange,
                 call,
@@ -156,6 +226,43 @@ class Calls:
                 self._authenticator.require_valid(exchange.principal)
             yield ended
 
+    # Headers that cross
+    def caller_of(self, exchange: Exchange, extra: Sequence[tuple[str, str]] = ()) -> Caller:
+        """What travels beside the message.
+
+        Args:
+            exchange: the request.
+            extra: what travels beside its listed headers.
+
+        Raises:
+            DeadlineExceeded: nothing is left of the time.
+            HttpRefusal: a listed header cannot be sent on.
+        """
+        timeout_s = exchange.remaining_s()
+        if timeout_s <= 0:
+            raise DeadlineExceeded("The time was spent before the call began.")
+        crossing = self._forwarding.of(exchange.call.method)
+        if crossing.entering:
+            extra = [*extra, *metadata_of(exchange, crossing)]
+        if exchange.traceparent and _TRACE_STATE in exchange.headers:
+            extra = [*extra, *_trace_state(exchange.headers[_TRACE_STATE])]
+        return Caller(
+            exchange.principal, timeout_s, exchange.request_id, exchange.traceparent, extra
+        )
+
+    def leaving(self, exchange: Exchange, reply: Reply) -> HeaderList:
+        """What of a reply's metadata are headers of the answer."""
+        crossing = self._forwarding.of(exchange.call.method)
+        return headers_of(crossing, reply.initial, reply.trailing) if crossing.leaving else []
+
+    def _leaving_stream(
+        self, exchange: Exchange
+    ) -> Callable[[Mapping[str, str]], HeaderList] | None:
+        crossing = self._forwarding.of(exchange.call.method)
+        if not crossing.leaving:
+            return None
+        return lambda metadata: headers_of(crossing, in_bytes(metadata))
+
     # Requests
     async def _request(self, exchange: Exchange) -> Any:  # noqa: ANN401 - a message made at run time
         route, limits = exchange.call, self._limits
@@ -163,8 +270,14 @@ class Calls:
             bytes_max=limits.body_bytes_max, timeout_s=limits.body_timeout_s
         )
         content_type = exchange.header("content-type")
-        if body and not plan_of(route).takes_any_body:
-            _require_json(exchange, content_type)
+        if body:
+            if not plan_of(route).takes_any_body:
+                # Not application/merge-patch+json, even where a mask is made from the body: RFC
+                # 7396 would merge maps key by key, and a mask replaces them.
+                require_media_type(content_type, (JSON,))
+            if b"content-encoding" in exchange.headers:
+                coding = exchange.header("content-encoding")
+                body = decoded(body, coding, bytes_max=limits.body_bytes_max)
         message = request_message(
             route, exchange.captures, exchange.query, body, content_type=content_type
         )
@@ -179,33 +292,54 @@ def fill_request_id(exchange: Exchange, message: AnyMessage) -> None:
         InvalidRequest: the header is too long, or differs from the request's own; or there is
             neither, and the contract needs one.
     """
-    key = exchange.header("idempotency-key")
-    if len(key) > IDEMPOTENCY_KEY_CHARACTERS_MAX:
-        most = IDEMPOTENCY_KEY_CHARACTERS_MAX
-        raise InvalidRequest.of_field("Idempotency-Key", f"must be at most {most} characters")
+    key = _idempotency_key(exchange)
     if not exchange.call.takes_request_id:
         return
     if key:
         set_request_id(message, key)
-    is_keyed = exchange.call.method.policy.idempotency is Idempotency.KEYED
-    if is_keyed and not message.request_id:
+    if not message.request_id:
+        _refuse_if_keyed(exchange)
+
+
+def _key_of_stream(exchange: Exchange) -> list[tuple[str, str]]:
+    """The Idempotency-Key as metadata: it names the call, and each message is only a part of it."""
+    key = _idempotency_key(exchange)
+    if not key:
+        _refuse_if_keyed(exchange)
+    return [("idempotency-key", key)] if key else []
+
+
+def _idempotency_key(exchange: Exchange) -> str:
+    key = exchange.header("idempotency-key")
+    if len(key) > IDEMPOTENCY_KEY_CHARACTERS_MAX:
+        most = IDEMPOTENCY_KEY_CHARACTERS_MAX
+        raise InvalidRequest.of_field("Idempotency-Key", f"must be at most {most} characters")
+    return key
+
+
+def _refuse_if_keyed(exchange: Exchange) -> None:
+    if exchange.call.method.policy.idempotency is Idempotency.KEYED:
         raise InvalidRequest.of_field(
             "Idempotency-Key", "this header is needed: a key of your own for each new effect"
         )
 
 
-def caller_of(exchange: Exchange, extra: list[tuple[str, str]] | None = None) -> Caller:
-    """What travels beside the message.
+def _resume(exchange: Exchange, request: AnyMessage) -> None:
+    """Put Last-Event-ID into the request, over what the URL says."""
+    cursor, leaf = exchange.header("last-event-id"), shape_of(exchange.call).cursor
+    if not cursor or leaf is None:
+        return
+    try:
+        set_leaf(request, leaf, [cursor])
+    except Wrong as wrong:
+        raise InvalidRequest.of_field("Last-Event-ID", wrong.description) from None
 
-    Raises:
-        DeadlineExceeded: nothing is left of the time.
-    """
-    timeout_s = exchange.remaining_s()
-    if timeout_s <= 0:
-        raise DeadlineExceeded("The time was spent before the call began.")
-    return Caller(
-        exchange.principal, timeout_s, exchange.request_id, exchange.traceparent, extra or ()
-    )
+
+def _trace_state(value: bytes) -> list[tuple[str, str]]:
+    """The vendors' part of the trace context; a malformed one is dropped, as W3C asks."""
+    text = value.decode("latin-1")
+    is_sound = len(text) <= TRACE_STATE_CHARACTERS_MAX and text.isascii() and text.isprintable()
+    return [("tracestate", text)] if is_sound else []
 
 
 def _condition(exchange: Exchange, request: AnyMessage, answers: Answers) -> Condition | None:
@@ -213,18 +347,6 @@ def _condition(exchange: Exchange, request: AnyMessage, answers: Answers) -> Con
         return None
     if_match, if_none_match = exchange.header("if-match"), exchange.header("if-none-match")
     return answers.etags.condition(request, if_match, if_none_match)
-
-
-def _require_json(exchange: Exchange, content_type: str) -> None:
-    # Not application/merge-patch+json, even where a mask is made from the body: RFC 7396 would
-    # merge maps key by key, and a mask replaces them.
-    media_type, _, parameters = content_type.partition(";")
-    if media_type.strip().lower() != JSON:
-        raise UnsupportedMediaType(f"Send the body as {JSON}.", headers={"accept": JSON})
-    if parameters and not _CHARSET.fullmatch(parameters):
-        raise UnsupportedMediaType("The only charset taken is utf-8.")
-    if exchange.header("content-encoding") not in {"", "identity"}:
-        raise UnsupportedMediaType("Compressed bodies are not taken.")
 
 
 def _refuse_large(exchange: Exchange, bytes_max: int) -> None:

@@ -80,6 +80,22 @@ class EdgeConfig:
             "min": 0.1,
         },
     )
+    line_bytes_max: int = field(
+        default=1024 * 1024,
+        metadata={"help": "longest line of a client stream", "unit": "bytes", "min": 1},
+    )
+    stream_bytes_max: int = field(
+        default=1024 * 1024 * 1024,
+        metadata={"help": "largest body of a client stream", "unit": "bytes", "min": 1},
+    )
+    request_headers: str = field(
+        default="",
+        metadata={"help": "headers that become metadata of every method, comma-separated"},
+    )
+    response_headers: str = field(
+        default="",
+        metadata={"help": "metadata of every method that become headers, comma-separated"},
+    )
     head_timeout_s: float = field(
         default=10.0, metadata={"help": "for a request's headers", "unit": "s", "min": 0.1}
     )

@@ -301,6 +301,7 @@ class ConnectFraming:
 
     def __init__(self, codec: Codec, *, gzip: bool) -> None:
         self.content_type = f"application/connect+{codec.name}".encode()
+        self.may_compress = False  # each envelope says that of itself
         self._gzip = gzip
 
     def opening(self) -> bytes:

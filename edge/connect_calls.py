@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from edge import charges as charging
 from edge import streams
 from edge.answer import cache_control
-from edge.calls import CallLimits, Calls, caller_of, fill_request_id
+from edge.calls import CallLimits, Calls, fill_request_id
 from edge.connect import (
     GZIP,
     HEAD_BYTES,
@@ -74,7 +74,7 @@ class ConnectCalls:
             data = decompress(data, bytes_max=self._limits.body_bytes_max)
         request = given.codec.decode(route, data)
         fill_request_id(exchange, request)
-        reply = await self._upstream.unary(route.method, request, caller_of(exchange))
+        reply = await self._upstream.unary(route.method, request, self._calls.caller_of(exchange))
         if reply.is_replayed and exchange.charge is not None:
             charging.note_replay(exchange.charge)
         headers = [
@@ -120,7 +120,7 @@ class ConnectCalls:
             heartbeat_s=self._limits.heartbeat_s,
         )
         with self._calls.opened(exchange) as ended:
-            stream = self._upstream.stream(route.method, request, caller_of(exchange))
+            stream = self._upstream.stream(route.method, request, self._calls.caller_of(exchange))
             await streams.relay(answer, stream, ended=ended)
 
     async def _streamed(self, exchange: Exchange, codec: Codec) -> Message:

@@ -4,7 +4,10 @@ No credentials mode: the edge reads bearer credentials only, which a page must a
 so there is no cookie that another site could make a browser send.
 """
 
+from collections.abc import Iterable
+
 from edge.exchange import Exchange
+from edge.forwarding import Forwarding
 from edge.http1 import HeaderList
 from edge.routes import Match, NoMatch, Route, RouteTable
 
@@ -18,6 +21,7 @@ ALLOWED_HEADERS = (
     "if-none-match",
     "last-event-id",
     "traceparent",
+    "tracestate",
     "x-request-id",
 )
 # Beside those, what a Connect client sends.
@@ -45,11 +49,13 @@ class Cors:
     Args:
         origins: exact origins, "https://app.example.com"; nothing else is ever allowed.
         routes: what exists.
+        forwarding: which headers beside those of every method a page may send and read.
     """
 
-    def __init__(self, origins: frozenset[str], routes: RouteTable) -> None:
+    def __init__(self, origins: frozenset[str], routes: RouteTable, forwarding: Forwarding) -> None:
         self._origins = origins
         self._routes = routes
+        self._forwarding = forwarding
 
     def answer_headers(self, exchange: Exchange) -> HeaderList:
         """What an ordinary answer to this origin carries."""
@@ -59,7 +65,7 @@ class Cors:
         vary = (b"vary", b"origin")
         if origin is None:
             return [vary]
-        exposed = [*EXPOSED_HEADERS, *_raw_headers(exchange.route, is_request=False)]
+        exposed = [*EXPOSED_HEADERS, *self._leaving(exchange.route)]
         return [
             vary,
             (b"access-control-allow-origin", origin),
@@ -74,7 +80,7 @@ class Cors:
         if origin is None or isinstance(found, NoMatch):
             return None
         assert isinstance(found, Match)
-        allowed = [*ALLOWED_HEADERS, *_raw_headers(found.route, is_request=True)]
+        allowed = [*ALLOWED_HEADERS, *self._entering(found.route)]
         if found.route.is_connect:
             allowed += CONNECT_HEADERS
         return [
@@ -84,6 +90,16 @@ class Cors:
             (b"access-control-allow-headers", ", ".join(allowed).encode()),
             (b"access-control-max-age", b"%d" % PREFLIGHT_MAX_AGE_S),
         ]
+
+    def _entering(self, route: Route) -> Iterable[str]:
+        raw = route.raw.request_headers if route.raw is not None else ()
+        return *raw, *self._forwarding.of(route.method).entering
+
+    def _leaving(self, route: Route | None) -> Iterable[str]:
+        if route is None:
+            return ()
+        raw = route.raw.response_headers if route.raw is not None else ()
+        return *raw, *(name.decode() for name in self._forwarding.of(route.method).leaving)
 
     def _allowed_origin(self, exchange: Exchange) -> bytes | None:
         origin = exchange.headers.get(b"origin", b"")
@@ -98,9 +114,3 @@ def is_preflight(exchange: Exchange) -> bool:
         and b"origin" in headers
         and b"access-control-request-method" in headers
     )
-
-
-def _raw_headers(route: Route | None, *, is_request: bool) -> list[str]:
-    if route is None or route.raw is None:
-        return []
-    return list(route.raw.request_headers if is_request else route.raw.response_headers)

@@ -10,6 +10,8 @@ Stated answers (RFC 9110 §13.1):
 - If-Match with weak tags only: 412. It compares strongly, and no weak tag ever matches.
 - If-Match with several strong tags: 400. The request has room for one.
 - If-Match: *: the method is called without a tag; the service says whether there is anything.
+- A compressed answer has a tag of its own, with "%gzip" at its end, which no encoded value has.
+  It names the same etag when it comes back.
 - If-None-Match on GET and HEAD compares weakly, takes lists and *, and is answered with 304;
   to an answer without an etag nothing matches. On other methods it is 400.
 """
@@ -43,6 +45,7 @@ _TAGS = re.compile(rf"[ \t,]*{_TAG_TEXT}(?:[ \t]*,[ \t,]*{_TAG_TEXT})*[ \t,]*")
 # What may stand in a tag as it is: etagc without "%", which begins an encoded character.
 _PLAIN = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%')
 _WEAK = "W/"
+_GZIP = '%gzip"'
 
 
 def tag_of_etag(etag: str) -> str:
@@ -64,6 +67,20 @@ def etag_of_tag(tag: str) -> str:
     if tag_of_etag(etag) != tag:
         raise _mismatch()
     return etag
+
+
+def tag_of_gzip(tag: str) -> str:
+    """The tag of the compressed form; a weak tag stands for both forms.
+
+    A strong one names bytes (RFC 9110, section 8.8.3.3). It is not weakened instead, since
+    If-Match takes no weak ones: whoever reads compressed could never write.
+    """
+    return tag if tag.startswith(_WEAK) else tag[:-1] + _GZIP
+
+
+def _tag_of_either(tag: str) -> str:
+    """The tag of the plain form, for that of the plain or the compressed one."""
+    return tag.removesuffix(_GZIP) + '"' if tag.endswith(_GZIP) else tag
 
 
 def parse_tags(header: str, name: str) -> tuple[str, ...]:
@@ -91,10 +108,16 @@ class Condition:
     is_tagged: bool
     known_tags: tuple[str, ...]
 
-    def is_known(self, tag: str) -> bool:
-        """Whether the client has this representation (weak comparison, section 8.8.3.2)."""
+    def known_form(self, tag: str) -> str:
+        """The tag of the form that the client has: plain, or compressed; "" if it has neither.
+
+        Weak comparison (section 8.8.3.2).
+        """
         known = {known_tag.removeprefix(_WEAK) for known_tag in self.known_tags}
-        return bool(tag) and (ANY_TAG in known or tag.removeprefix(_WEAK) in known)
+        if not tag or ANY_TAG in known:
+            return tag
+        forms = (tag, tag_of_gzip(tag))
+        return next((form for form in forms if form.removeprefix(_WEAK) in known), "")
 
     def failure_of(self, error: TenfoldError) -> PreconditionFailed | None:
         """What a refusal of the service means if it refused the tag of If-Match; else None."""
@@ -146,7 +169,7 @@ class ETags:
             if getattr(request, ALLOW_MISSING, False):
                 raise _refusal(HttpRefusal, IF_MATCH, "* contradicts allowMissing")
             return False
-        strong = {tag for tag in tags if not tag.startswith(_WEAK)}
+        strong = {_tag_of_either(tag) for tag in tags if not tag.startswith(_WEAK)}
         if not strong:
             raise _mismatch()
         if len(strong) > 1:

@@ -178,7 +178,7 @@ class Exchange:
         """End the answer; what is left of an unread body is read for a moment first."""
         head, self._head = self._head, b""
         if not self.body_is_read and self.has_body:
-            self.request.write(head, b"", is_last=False)
+            self.request.end(head)
             head = b""
             await self._linger()
         self.request.write(head, b"", is_last=True)

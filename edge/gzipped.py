@@ -1,4 +1,4 @@
-"""gzip of single messages: bounded when it comes in, worth its time when it goes out."""
+"""gzip: bounded when it comes in, worth its time when it goes out."""
 
 import zlib
 
@@ -12,6 +12,8 @@ COMPRESSED_BYTES_MAX = 512 * 1024
 LEVEL = 1
 
 _GZIP = 16 + zlib.MAX_WBITS
+# A stream keeps its window while it is open: 32 KiB so, and 264 KiB with zlib's own sizes.
+_STREAM_GZIP, _STREAM_MEMORY_LEVEL = 16 + 12, 5
 
 
 def is_worth_compressing(data: bytes) -> bool:
@@ -23,6 +25,23 @@ def compress(data: bytes) -> bytes:
     """One gzip member (RFC 1952) without a time, so that equal messages stay equal."""
     compressor = zlib.compressobj(LEVEL, zlib.DEFLATED, _GZIP)
     return compressor.compress(data) + compressor.flush()
+
+
+class GzipStream:
+    """An answer that is compressed bit by bit, as it comes."""
+
+    def __init__(self) -> None:
+        self._compressor = zlib.compressobj(
+            LEVEL, zlib.DEFLATED, _STREAM_GZIP, memLevel=_STREAM_MEMORY_LEVEL
+        )
+
+    def pack(self, chunk: bytes) -> bytes:
+        """The chunk and what was held back: whoever reads this far can read all of it."""
+        return self._compressor.compress(chunk) + self._compressor.flush(zlib.Z_SYNC_FLUSH)
+
+    def finish(self) -> bytes:
+        """What comes last."""
+        return self._compressor.flush()
 
 
 def decompress(data: bytes, *, bytes_max: int) -> bytes:

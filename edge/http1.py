@@ -231,6 +231,15 @@ class Http1Request:
         if is_last:
             self._connection.finish(self)
 
+    def end(self, head: bytes) -> None:
+        """Send the end of the answer, and leave what is left of the request to be read.
+
+        `write` with is_last then ends the request itself.
+        """
+        body = b"0\r\n\r\n" if self._is_chunked and not self._is_for_head else b""
+        self._is_chunked = False
+        self._connection.write(head + body)
+
     async def drained(self) -> None:
         """Wait while the client reads slower than the answer is written.
 

@@ -130,7 +130,7 @@ async def _send_body(exchange: Exchange, chunks: BodyChunks, call: RawCall) -> N
     message_class = exchange.call.method.input
     content_type = exchange.header("content-type")
     while chunk := await chunks.next():
-        for part in _parts(chunk):
+        for part in frames_of(chunk):
             if not await call.write(message_class(content_type=content_type, data=part)):
                 return
             content_type = ""  # said once
@@ -179,7 +179,8 @@ def _headers(metadata: Mapping[str, str], route: Route) -> Iterator[tuple[bytes,
             yield name.encode("ascii"), value.encode("latin-1", "replace")
 
 
-def _parts(chunk: bytes) -> Iterator[bytes]:
+def frames_of(chunk: bytes) -> Iterator[bytes]:
+    """A chunk of a body in parts that fit a message."""
     for start in range(0, len(chunk), CHUNK_BYTES_MAX):
         yield chunk[start : start + CHUNK_BYTES_MAX]
 

@@ -74,5 +74,12 @@ class PreconditionFailed(FailedPrecondition):
     reason = "PRECONDITION_FAILED"
 
 
+class HeadersTooLarge(HttpRefusal):
+    """The headers that go on to the service are longer than it would take."""
+
+    http_status = 431
+    reason = "HEADERS_TOO_LARGE"
+
+
 class ClientLeft(Exception):
     """The connection is gone: nobody waits for an answer."""

@@ -134,6 +134,11 @@ def response_json(route: Route, message: Message, *, pretty: bool = False) -> by
         raise Internal(f"the answer of {route.method.full_name} is no JSON: {error}") from error
 
 
+def http_body_of(route: Route, message: AnyMessage) -> AnyMessage:
+    """The HttpBody of an answer that is one, or whose response_body is."""
+    return getattr(message, route.response_body) if route.response_body else message
+
+
 def answer_type(route: Route) -> str:
     """The full name of the message that is answered; "" for a response_body of another kind."""
     answer = descriptor_of(route.method.output)

@@ -2,7 +2,7 @@
 
 Every call carries a deadline, the caller's signed identity, the request id and the trace.
 Nothing else of the request crosses: headers from outside are never metadata, except what a
-raw binding lists.
+contract, a setting or a raw binding lists.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from edge.raw import RETRY_AFTER_S, STATUS_KEY
 from shared.errors import Internal, TenfoldError, Unavailable
 from shared.identity import IDENTITY_METADATA_KEY, Principal
 from shared.rpc.context import REPLAYED_METADATA, REQUEST_ID_KEY
+from shared.rpc.header_block import Headers
 from shared.rpc.unary import UnaryChannel
 
 TRACE_KEY = "traceparent"
@@ -54,7 +55,7 @@ class Caller(NamedTuple):
         timeout_s: what is left of the deadline, more than 0.
         request_id: for logs and error answers of every hop.
         traceparent: the W3C trace context, or "".
-        extra: more metadata, for raw bindings.
+        extra: more metadata: what of the request's headers enters.
     """
 
     principal: Principal
@@ -70,10 +71,19 @@ class Reply(NamedTuple):
     Attributes:
         message: what the service answered.
         is_replayed: the effect was not repeated; an earlier answer was.
+        initial, trailing: metadata.
     """
 
     message: Message
     is_replayed: bool
+    initial: Headers
+    trailing: Headers
+
+    @classmethod
+    def of(cls, message: Message, initial: Headers, trailing: Headers) -> "Reply":
+        """The answer with what its metadata say."""
+        is_replayed = trailing.get(_REPLAYED_NAME) == _REPLAYED_VALUE
+        return cls(message, is_replayed, initial, trailing)
 
 
 class Upstream:
@@ -106,7 +116,7 @@ class Upstream:
             message = method.output.FromString(answer.message)
         except DecodeError as error:
             raise Internal(f"{method.full_name} answered with another message") from error
-        return Reply(message, answer.trailing.get(_REPLAYED_NAME) == _REPLAYED_VALUE)
+        return Reply.of(message, answer.initial, answer.trailing)
 
     def stream(self, method: MethodInfo, request: Message, caller: Caller) -> "UpstreamStream":
         """Start a server-streaming call; whoever starts it cancels it in the end."""
@@ -116,7 +126,10 @@ class Upstream:
         return UpstreamStream(call)
 
     def bidirectional(self, method: MethodInfo, caller: Caller) -> "UpstreamRawCall":
-        """Start a bidirectional call; whoever starts it cancels it in the end."""
+        """Start a call with a client stream; whoever starts it cancels it in the end.
+
+        One answer and a stream of one look the same on the wire.
+        """
         call = self._start(method)(timeout=caller.timeout_s, metadata=self._metadata(caller))
         return UpstreamRawCall(call)
 
@@ -135,6 +148,7 @@ class Upstream:
             kinds = {
                 (False, True): channel.unary_stream,
                 (True, True): channel.stream_stream,
+                (True, False): channel.stream_stream,
             }
             start = kinds[method.client_streaming, method.server_streaming](
                 method.full_name,
@@ -155,6 +169,14 @@ class UpstreamStream:
         """See streams.MessageStream.read."""
         message = await self._call.read()
         return message if isinstance(message, Message) else None  # else it is grpc.aio.EOF
+
+    async def initial_metadata(self) -> Mapping[str, str]:
+        """See streams.MessageStream.initial_metadata."""
+        return _texts(await self._call.initial_metadata())
+
+    async def trailing_metadata(self) -> Mapping[str, str]:
+        """What the service sent after its last message; waits for it."""
+        return _texts(await self._call.trailing_metadata())
 
     def cancel(self) -> None:
         """See streams.MessageStream.cancel."""
@@ -204,7 +226,6 @@ class UpstreamRawCall(UpstreamStream):
         except TenfoldError:
             self._write_has_failed = True  # as above
 
-    async def initial_metadata(self) -> Mapping[str, str]:
-        """See raw.RawCall.initial_metadata."""
-        metadata = await self._call.initial_metadata()
-        return {key: value for key, value in metadata.items() if isinstance(value, str)}
+
+def _texts(metadata: Mapping[str, str | bytes]) -> Mapping[str, str]:
+    return {name: value for name, value in metadata.items() if isinstance(value, str)}

@@ -114,6 +114,7 @@ async def open_edge(
             upstream,
             open_streams,
             limits,
+            api.forwarding,
             authenticator=authenticator,
             public_url=config.public_url.rstrip("/"),
             tell=tell,
@@ -126,7 +127,7 @@ async def open_edge(
                 charges=Charges(store, api.prices),
                 addresses=LocalQuotaStore(around.clock),
                 limits=Limits(config.requests_max, config.address_quota()),
-                cors=Cors(config.origins, api.routes),
+                cors=Cors(config.origins, api.routes, api.forwarding),
                 readiness=_readiness(around, api, channels, authenticator),
                 open_streams=open_streams,
                 documents=api.documents,
@@ -170,6 +171,8 @@ def _call_limits(config: EdgeConfig) -> CallLimits:
     return CallLimits(
         body_bytes_max=config.body_bytes_max,
         body_timeout_s=config.body_timeout_s,
+        line_bytes_max=config.line_bytes_max,
+        stream_bytes_max=config.stream_bytes_max,
         heartbeat_s=config.heartbeat_s,
     )
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -10,17 +10,23 @@ from contextlib import (
     closing,
 )
 from dataclasses import dataclass, replace
+from typing import Any
 
+import grpc.aio
 import httpx
 import pytest
 
 from edge.app import EdgeApp
 from edge.config import EdgeConfig
+from edge.contracts import Contracts
 from edge.serving import bind, serving
 from edge.wiring import Surroundings, open_edge
 from shared.clock import SystemClock
 from shared.rpc.client import Upstreams
 from tests.integration.edge.behind import Behind
+from tests.integration.edge.duplex import Duplex
+from tests.integration.edge.stranger import CONTRACT, Stranger
+from tests.protos import compile_protos
 
 READY_TIMEOUT_S = 10.0
 
@@ -98,6 +104,90 @@ async def running(config, around, listener, behind, *, is_ready: bool) -> AsyncI
         if is_ready:
             await until_ready(client)
         yield Edge(port, client, behind, app)
+
+
+@dataclass(frozen=True)
+class ForeignEdge:
+    """An edge that knows nothing of what it fronts but the contract."""
+
+    port: int
+    client: httpx.AsyncClient
+    stranger: Stranger
+
+
+StartForeignEdge = Callable[..., AbstractAsyncContextManager[ForeignEdge]]
+
+
+@pytest.fixture(scope="session")
+async def stranger(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[Stranger, str]]:
+    """A stranger's server, and the options by which an edge finds it and its contract."""
+    image = tmp_path_factory.mktemp("foreign") / "image.binpb"
+    image.write_bytes(compile_protos(CONTRACT, image.parent).SerializeToString())
+    behind = Stranger(Contracts.of_bytes(image.read_bytes()))
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server.add_generic_rpc_handlers([behind])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield behind, f"{image}=127.0.0.1:{port}"
+    await server.stop(0)
+
+
+@pytest.fixture(scope="session")
+def start_foreign_edge(stranger: tuple[Stranger, str]) -> StartForeignEdge:
+    behind, where = stranger
+    image, _, address = where.partition("=")
+
+    @asynccontextmanager
+    async def start(**settings: Any) -> AsyncIterator[ForeignEdge]:
+        config = EdgeConfig(
+            listen="127.0.0.1:0",
+            descriptors=image,
+            allow_anonymous=True,
+            api_burst_points=1_000_000,
+            drain_s=1.0,
+        )
+        config = replace(config, **settings)
+        upstreams = Upstreams.parse(f"*={address}")
+        around = Surroundings(upstreams, None, "", SystemClock())
+        async with AsyncExitStack() as stack:
+            listener = stack.enter_context(closing(bind(config.listen, setting="listen")))
+            app = await stack.enter_async_context(open_edge(config, around))
+            port = await stack.enter_async_context(serving(app, config, listener))
+            url = f"http://127.0.0.1:{port}"
+            client = httpx.AsyncClient(base_url=url, timeout=10)
+            yield ForeignEdge(port, await stack.enter_async_context(client), behind)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+async def _foreign_edge(start_foreign_edge: StartForeignEdge) -> AsyncIterator[ForeignEdge]:
+    async with start_foreign_edge() as running:
+        yield running
+
+
+@pytest.fixture
+def foreign_edge(_foreign_edge: ForeignEdge) -> ForeignEdge:
+    """One for all tests that do not disturb it, in front of a stranger without a memory."""
+    _foreign_edge.stranger.reset()
+    return _foreign_edge
+
+
+Talk = Callable[..., Awaitable[Duplex]]
+
+
+@pytest.fixture
+async def talk() -> AsyncIterator[Talk]:
+    """Opens connections that send and read at once; closes them after the test."""
+    opened: list[Duplex] = []
+
+    async def start(edge: Edge | ForeignEdge, target: str, *headers: str) -> Duplex:
+        opened.append(await Duplex.post(edge.port, target, *headers))
+        return opened[-1]
+
+    yield start
+    for duplex in opened:
+        await duplex.leave()
 
 
 @pytest.fixture(scope="session")

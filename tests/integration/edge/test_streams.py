@@ -81,7 +81,9 @@ async def test_a_client_that_leaves_cancels_the_call(edge):
 
 async def test_a_slow_reader_slows_the_service_and_memory_stays_bounded(edge):
     before = edge.behind.videos.sent
-    async with edge.client.stream("GET", "/v1/videos/flood:watch", headers=edge.bearer()) as answer:
+    # As it is: these messages are all alike, and gzip would make nothing of them.
+    headers = {**edge.bearer(), "accept-encoding": "identity"}
+    async with edge.client.stream("GET", "/v1/videos/flood:watch", headers=headers) as answer:
         await anext(answer.aiter_bytes())
         await asyncio.sleep(0.5)
         first = edge.behind.videos.sent
@@ -148,6 +150,81 @@ async def test_a_deadline_ends_a_stream_with_an_error_event(edge):
     headers = {**edge.bearer(), "grpc-timeout": "300m"}
     answer = await edge.client.get("/v1/videos/endless:watch", headers=headers)
     assert json.loads(answer.text.splitlines()[-1])["error"]["code"] == "DEADLINE_EXCEEDED"
+
+
+async def watched(foreign_edge, target, **headers):
+    answer = await foreign_edge.client.get(target, headers=headers)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+async def test_last_event_id_goes_on_from_there_whatever_the_url_says(foreign_edge):
+    accept = {"accept": "text/event-stream"}
+    target = "/v1/rooms/den:watch?count=2"
+    first = await watched(foreign_edge, target, **accept)
+    assert [event.get("id") for event in events(first.text)] == [None, "1", "2", None]
+    for again in (target, target + "&cursor=1"):
+        then = await watched(foreign_edge, again, **accept, **{"last-event-id": "2"})
+        assert [event.get("id") for event in events(then.text)] == [None, "3", "4", None]
+
+
+@pytest.mark.parametrize("cursor", ["nonsense", "1e99", "9" * 30, "1, 2"])
+async def test_a_last_event_id_that_is_none_of_ours_is_refused_by_its_name(foreign_edge, cursor):
+    answer = await foreign_edge.client.get("/v1/rooms/den:watch", headers={"last-event-id": cursor})
+    assert answer.status_code == 400
+    assert "last-event-id" in answer.json()["detail"].lower()
+
+
+async def test_response_body_names_what_each_message_shows_and_the_id_stays(foreign_edge):
+    target = "/v1/rooms/den/notes:watch?count=2"
+    lines = [json.loads(line) for line in (await watched(foreign_edge, target)).text.splitlines()]
+    assert [(line["room"], line["number"]) for line in lines] == [("den", 1), ("den", 2)]
+    sse = await watched(foreign_edge, target, accept="text/event-stream")
+    _, first, second, _ = events(sse.text)
+    assert (first["id"], json.loads(second["data"])["number"]) == ("1", 2)
+
+
+@pytest.mark.parametrize(
+    ("accept", "is_sse"),
+    [
+        ("text/event-stream, application/x-ndjson;q=0.9", True),
+        ("text/event-stream;q=0.4, */*;q=0.5", False),
+        ("text/*", True),
+        ("application/*;q=0.1, text/event-stream;q=0.2", True),
+        ("text/html, */*;q=0.8", False),
+    ],
+)
+async def test_the_better_liked_framing_is_sent(foreign_edge, accept, is_sse):
+    answer = await watched(foreign_edge, "/v1/rooms/den:watch?count=1", accept=accept)
+    assert answer.headers["content-type"].startswith("text/event-stream") is is_sse
+
+
+async def test_an_error_half_way_is_the_problem_that_a_refusal_would_be(foreign_edge):
+    target, members = "/v1/rooms/breaks:watch?count=1", {"type", "title", "status", "detail"}
+    refused = (await foreign_edge.client.get("/v1/files/absent:download")).json()
+    ndjson = await watched(foreign_edge, target)
+    sse = await watched(foreign_edge, target, accept="text/event-stream")
+    error = json.loads(ndjson.text.splitlines()[-1])["error"]
+    assert members <= error.keys() == refused.keys()
+    assert error["status"] == 400
+    ours = {"request_id": ""}
+    assert json.loads(events(sse.text)[-1]["data"]) | ours == error | ours
+
+
+async def test_a_stream_that_begins_with_silence_is_opened_all_the_same(start_foreign_edge):
+    async with start_foreign_edge(heartbeat_s=0.1) as edge:
+        edge.stranger.reset()
+        for accept, alive in (("text/event-stream", b": alive\n\n"), ("application/json", b"\n")):
+            headers = {"accept": accept, "accept-encoding": "identity"}
+            stream = edge.client.stream("GET", "/v1/rooms/silent:watch", headers=headers)
+            seen = b""
+            async with stream as answer:
+                assert answer.status_code == 200
+                async for chunk in answer.aiter_raw():
+                    seen += chunk
+                    if seen.endswith(alive * 2):
+                        break
+            await eventually(lambda: edge.stranger.open_calls == 0)
 
 
 async def test_head_of_a_stream_is_405(edge):

@@ -128,13 +128,13 @@ async def test_only_json_in_utf_8_is_taken(edge, content_type, status):
     assert answer.status_code == status, answer.text
 
 
-async def test_compressed_and_badly_encoded_bodies_are_refused(edge):
+async def test_badly_encoded_bodies_are_refused(edge):
     headers = {**edge.bearer(), "idempotency-key": "k", "content-type": "application/json"}
     path = f"/v1/{KNOWN}:transferFunds"
     zipped = await edge.client.post(
         path, content=b"x", headers={**headers, "content-encoding": "gzip"}
     )
-    assert zipped.status_code == 415
+    assert zipped.status_code == 400
     broken = await edge.client.post(path, content=b'{"description":"\xff"}', headers=headers)
     assert broken.status_code == 400
 

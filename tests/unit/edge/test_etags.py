@@ -2,7 +2,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.etags import Condition, etag_of_tag, etags_of, parse_tags, tag_of_etag
+from edge.etags import (
+    Condition,
+    etag_of_tag,
+    etags_of,
+    parse_tags,
+    tag_of_etag,
+    tag_of_gzip,
+)
 from edge.refusals import HttpRefusal, PreconditionFailed, PreconditionUnsupported
 from shared.errors import (
     Aborted,
@@ -154,7 +161,27 @@ def test_a_condition_that_a_method_cannot_keep_is_refused(
     ],
 )
 def test_if_none_match_compares_weakly(known, tag, is_known):
-    assert Condition(is_tagged=False, known_tags=known).is_known(tag) is is_known
+    form = Condition(is_tagged=False, known_tags=known).known_form(tag)
+    assert form == (tag if is_known else "")
+
+
+@pytest.mark.parametrize(
+    ("known", "tag", "form"),
+    [
+        ('"a%gzip"', '"a"', '"a%gzip"'),
+        ('W/"a%gzip"', '"a"', '"a%gzip"'),
+        ('"a-gzip"', '"a"', ""),
+        ('W/"a"', 'W/"a"', 'W/"a"'),
+    ],
+)
+def test_a_client_that_has_the_compressed_form_is_told_of_that_form(known, tag, form):
+    assert Condition(is_tagged=False, known_tags=(known,)).known_form(tag) == form
+
+
+def test_the_tag_of_the_compressed_form_comes_back_as_the_same_etag_and_no_etag_looks_like_it():
+    assert tag_of_gzip(tag_of_etag("7")) == '"7%gzip"'
+    assert tag_of_gzip(tag_of_etag('W/"7"')) == 'W/"7"'
+    assert tag_of_etag("7%gzip") == '"7%25gzip"'
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,8 @@ class MethodPolicy(_message.Message):
     RAW_FIELD_NUMBER: _builtins.int
     SUCCESS_STATUS_FIELD_NUMBER: _builtins.int
     IGNORE_UNKNOWN_FIELD_NUMBER: _builtins.int
+    REQUEST_HEADERS_FIELD_NUMBER: _builtins.int
+    RESPONSE_HEADERS_FIELD_NUMBER: _builtins.int
     access: Global___Access.ValueType
     idempotency: Global___Idempotency.ValueType
     retry_safe: _builtins.bool
@@ -234,6 +236,18 @@ class MethodPolicy(_message.Message):
     def raw(self) -> _containers.RepeatedCompositeFieldContainer[Global___RawBinding]:
         """Bindings beside google.api.http."""
 
+    @_builtins.property
+    def request_headers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Request headers that enter as metadata of the same name, in lower case. What says who
+        the caller is, or is the edge's own word to services, is refused at start.
+        """
+
+    @_builtins.property
+    def response_headers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Metadata, initial or trailing, that leaves as answer headers of the same name, in lower
+        case. Of a stream's metadata only the initial leaves.
+        """
+
     def __init__(
         self,
         *,
@@ -250,10 +264,12 @@ class MethodPolicy(_message.Message):
         raw: _abc.Iterable[Global___RawBinding] | None = ...,
         success_status: _builtins.int | None = ...,
         ignore_unknown: _builtins.bool = ...,
+        request_headers: _abc.Iterable[_builtins.str] | None = ...,
+        response_headers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_success_status", b"_success_status", "cache_max_age", b"cache_max_age", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "quota", b"quota", "success_status", b"success_status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_success_status", b"_success_status", "access", b"access", "audit", b"audit", "cache_max_age", b"cache_max_age", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "idempotency", b"idempotency", "ignore_unknown", b"ignore_unknown", "internal", b"internal", "quota", b"quota", "raw", b"raw", "retry_safe", b"retry_safe", "scopes", b"scopes", "success_status", b"success_status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_success_status", b"_success_status", "access", b"access", "audit", b"audit", "cache_max_age", b"cache_max_age", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "idempotency", b"idempotency", "ignore_unknown", b"ignore_unknown", "internal", b"internal", "quota", b"quota", "raw", b"raw", "request_headers", b"request_headers", "response_headers", b"response_headers", "retry_safe", b"retry_safe", "scopes", b"scopes", "success_status", b"success_status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__success_status: _TypeAlias = _typing.Literal["success_status"]  # noqa: Y015
     _WhichOneofArgType__success_status: _TypeAlias = _typing.Literal["_success_status", b"_success_status"]  # noqa: Y015
