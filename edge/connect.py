@@ -29,6 +29,7 @@ from edge.codec import read_json
 from edge.exchange import Exchange
 from edge.fields import descriptor_of
 from edge.gzipped import compress, decompress, is_worth_compressing
+from edge.http1 import HeaderList
 from edge.json_text import Wrong
 from edge.problem import INTERNAL_DETAIL, headers_of, json_field
 from edge.query import parse_query
@@ -320,11 +321,25 @@ class ConnectFraming:
 
     def error(self, problem: bytes) -> bytes:
         """See Framing.error; problem is `error_json`."""
-        return envelope(b'{"error":' + problem + b"}", flags=IS_END)
+        return end_of_stream(problem)
 
     def end(self) -> bytes:
         """See Framing.end."""
-        return envelope(b"{}", flags=IS_END)
+        return end_of_stream()
+
+
+def end_of_stream(error: bytes = b"", metadata: HeaderList | None = None) -> bytes:
+    """The last envelope of a stream.
+
+    Args:
+        error: from `error_json`; b"" if there was none.
+        metadata: what of the service's trailing metadata leaves.
+    """
+    members = [b'"error":' + error] if error else []
+    if metadata:
+        named = {name.decode("ascii"): [value.decode("ascii")] for name, value in metadata}
+        members.append(b'"metadata":' + orjson.dumps(named))
+    return envelope(b"{" + b",".join(members) + b"}", flags=IS_END)
 
 
 # Errors

@@ -99,7 +99,9 @@ class Cors:
         if route is None:
             return ()
         raw = route.raw.response_headers if route.raw is not None else ()
-        return *raw, *(name.decode() for name in self._forwarding.of(route.method).leaving)
+        leaving = [name.decode() for name in self._forwarding.of(route.method).leaving]
+        trailers = (f"trailer-{name}" for name in leaving) if route.is_connect else ()
+        return *raw, *leaving, *trailers
 
     def _allowed_origin(self, exchange: Exchange) -> bytes | None:
         origin = exchange.headers.get(b"origin", b"")

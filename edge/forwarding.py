@@ -58,13 +58,14 @@ _KEPT = (
         "forwarded x-real-ip x-roles x-tenant-id x-user-id",
         ("x-forwarded-", "x-internal-"),
     ),
+    _Kept("is a word of the Connect protocol", "", ("connect-", "trailer-")),
     # No service may come to rely on one: the edge does nothing against forged cross-site
     # requests but to read none.
     _Kept("is a credential that browsers send by themselves", "cookie set-cookie"),
 )
 _KEPT_FROM_ANSWERS = _Kept(
     "is written by the edge",
-    "cache-control etag ratelimit ratelimit-policy referrer-policy retry-after vary"
+    "accept-encoding cache-control etag ratelimit ratelimit-policy referrer-policy retry-after vary"
     " www-authenticate x-accel-buffering x-content-type-options x-frame-options",
     ("access-control-",),
 )

@@ -123,7 +123,7 @@ async def open_edge(
             Parts(
                 routes=api.routes,
                 calls=calls,
-                connect_calls=ConnectCalls(upstream, calls, limits),
+                connect_calls=ConnectCalls(upstream, calls, limits, api.forwarding),
                 charges=Charges(store, api.prices),
                 addresses=LocalQuotaStore(around.clock),
                 limits=Limits(config.requests_max, config.address_quota()),

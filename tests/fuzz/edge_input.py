@@ -7,6 +7,7 @@ everything else is a crash, which libFuzzer writes to a file and reports with ex
 """
 
 import asyncio
+import contextlib
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import atheris
 with atheris.instrument_imports(include=["edge", "shared.rpc.http2", "shared.rpc.header_block"]):
     from edge import connect, deadlines, etags, streams
     from edge.auth import bearer_of
+    from edge.binary import message_of_bytes
     from edge.codec import codecs_of
     from edge.contracts import Contracts
     from edge.exchange import Exchange, address_block
@@ -71,6 +73,7 @@ SEEDS = {
         b'W/"a", "b", *',
         b"gzip;q=0.5, identity;q=0",
         b"\1\0\0\0\5\x1f\x8b\x08\0\0",
+        b"connect=v1&encoding=proto&compression=gzip&base64=1&message=CgNh_-%3D",
     ],
     "http2": [
         b"\0\0\4\x08\0\0\0\0\0\0\0\1\0\0\0\1\x01\x05\0\0\0\1\x88",
@@ -125,12 +128,14 @@ def fuzz_target() -> Target:
 
 
 def fuzz_json() -> Target:
-    """A JSON body of every kind of field; what was read is written, and read as the same."""
+    """A body of every kind of field, binary or JSON; that is written, and read as the same."""
     contracts = contracts_of(EDGE_TESTS)
     everything = contracts.message("everything.v1.Everything")
     codec = codecs_of(everything.file.pool).of(everything)
 
     def one(data: bytes) -> None:
+        with contextlib.suppress(Wrong):
+            message_of_bytes(codec.message_class, data)
         try:
             message = codec.message_of_json(data)
         except Wrong:
@@ -219,6 +224,7 @@ def fuzz_headers() -> Target:
             lambda: connect.takes_gzip(text, ""),
             lambda: decompress(data, bytes_max=BODY_BYTES_MAX),
             lambda: connect.only_message(data, gzip=True, bytes_max=BODY_BYTES_MAX),
+            lambda: connect.GetRequest.of_query(data),
         ):
             try:
                 read()

@@ -472,6 +472,26 @@ async def test_logging_out_ends_what_the_session_has_open(edge):
     assert error["code"] == "unauthenticated"
 
 
+async def test_a_stopping_edge_ends_open_streams_and_waits_for_no_metadata(start_edge):
+    async with start_edge(EdgeConfig(response_headers="x-hue", drain_s=1.0)) as edge:
+        headers = {**edge.bearer(), "content-type": STREAM_JSON}
+        body = envelope(b'{"name": "videos/endless"}')
+        async with edge.client.stream("POST", WATCH, content=body, headers=headers) as answer:
+            received = answer.aiter_raw()
+            start = await anext(received)
+            edge.app.drain()
+            rest = b"".join([chunk async for chunk in received])
+    assert json.loads(envelopes(start + rest)[-1][1])["error"]["code"] == "unavailable"
+
+
+async def test_a_client_that_leaves_a_read_cancels_it_at_the_service(edge):
+    edge.behind.ledger.was_cut.clear()
+    body = {"name": "accounts/slow"}
+    with pytest.raises(httpx.ReadTimeout):
+        await edge.client.post(GET_ACCOUNT, json=body, headers=edge.bearer(), timeout=0.5)
+    await asyncio.wait_for(edge.behind.ledger.was_cut.wait(), 5)
+
+
 async def test_silence_is_never_filled(start_edge):
     async with start_edge(EdgeConfig(heartbeat_s=0.05, drain_s=1.0)) as edge:
         answer = await watch(edge, "videos/endless", **{"connect-timeout-ms": "300"})
@@ -511,6 +531,65 @@ async def test_client_streams_are_refused_in_so_many_words(edge):
     assert "Client streams" in error["message"]
 
 
+# Metadata
+NOTE, WATCH_NOTES = "/foreign.v1.Rooms/GetNote", "/foreign.v1.Rooms/Watch"
+LEADING = (("x-colour", "red"), ("content-language", "de"), ("x-secret", "s"))
+TRAILING = (("x-colour", "blue"), ("x-secret", "s"))
+
+
+async def test_of_a_unary_call_listed_metadata_leaves_leading_and_trailing(foreign_edge):
+    foreign_edge.stranger.answers, foreign_edge.stranger.trailers = LEADING, TRAILING
+    headers = {"x-flavour": "mint", "x-user-id": "1"}
+    answer = await foreign_edge.client.post(NOTE, json={"room": "den"}, headers=headers)
+    assert (answer.headers["x-colour"], answer.headers["trailer-x-colour"]) == ("red", "blue")
+    assert answer.headers["content-language"] == "de"
+    assert not [name for name in answer.headers if "secret" in name]
+    assert foreign_edge.stranger.metadata["x-flavour"] == "mint"
+    assert "x-user-id" not in foreign_edge.stranger.metadata
+
+
+@pytest.mark.parametrize(
+    ("room", "code"), [("den", None), ("breaks", "failed_precondition")], ids=["end", "error"]
+)
+async def test_of_a_stream_the_trailing_is_in_its_last_envelope(foreign_edge, room, code):
+    foreign_edge.stranger.answers, foreign_edge.stranger.trailers = LEADING, TRAILING
+    answer = await foreign_edge.client.post(
+        WATCH_NOTES,
+        content=envelope(json.dumps({"room": room, "count": 2}).encode()),
+        headers={"content-type": STREAM_JSON},
+    )
+    assert answer.headers["x-colour"] == "red"
+    end = end_of(answer)
+    assert end["metadata"] == {"x-colour": ["blue"]}
+    assert end.get("error", {}).get("code") == code
+    assert len(envelopes(answer.content)) == 3
+
+
+async def test_a_stream_that_the_edge_ends_has_no_metadata_to_wait_for(foreign_edge):
+    answer = await foreign_edge.client.post(
+        WATCH_NOTES,
+        content=envelope(b'{"room": "silent"}'),
+        headers={"content-type": STREAM_JSON, "connect-timeout-ms": "200"},
+    )
+    assert end_of(answer)["error"]["code"] == "deadline_exceeded"
+    assert "metadata" not in end_of(answer)
+
+
+async def test_what_holds_secrets_is_never_compressed(foreign_edge):
+    takes = {"accept-encoding": "gzip", "connect-accept-encoding": "gzip"}
+    note = await foreign_edge.client.post(NOTE, json={"number": 5000}, headers=takes)
+    assert note.headers["content-encoding"] == "gzip"
+    key = await foreign_edge.client.post("/foreign.v1.Rooms/GetKey", json={}, headers=takes)
+    assert len(key.json()["text"]) == 5000
+    assert "content-encoding" not in key.headers
+    keys = await foreign_edge.client.post(
+        "/foreign.v1.Rooms/WatchKeys",
+        content=envelope(b"{}"),
+        headers={**takes, "content-type": STREAM_JSON},
+    )
+    assert [flags for flags, _ in envelopes(keys.content)] == [0, 2]
+
+
 # The switch, web pages
 async def test_it_can_be_switched_off(start_edge):
     async with start_edge(EdgeConfig(connect=False, drain_s=1)) as edge:
@@ -539,3 +618,11 @@ async def test_a_page_of_an_allowed_origin_may_send_connects_headers(start_edge)
         answer = await edge.client.post(GET_ACCOUNT, json={"name": "accounts/no"}, headers=headers)
         assert answer.headers["access-control-allow-origin"] == origin
         assert "retry-after" in answer.headers["access-control-expose-headers"]
+
+
+async def test_a_page_may_read_the_metadata_that_leaves(start_foreign_edge):
+    origin = "https://app.example.com"
+    async with start_foreign_edge(cors_origins=origin) as edge:
+        answer = await edge.client.post(NOTE, json={}, headers={"origin": origin})
+        exposed = answer.headers["access-control-expose-headers"].split(", ")
+        assert {"x-colour", "trailer-x-colour", "content-language"} <= set(exposed)

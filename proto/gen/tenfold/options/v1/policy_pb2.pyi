@@ -245,7 +245,8 @@ class MethodPolicy(_message.Message):
     @_builtins.property
     def response_headers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Metadata, initial or trailing, that leaves as answer headers of the same name, in lower
-        case. Of a stream's metadata only the initial leaves.
+        case. Of a stream's metadata only the initial leaves; over Connect, which keeps the two
+        apart, the trailing as well.
         """
 
     def __init__(
