@@ -72,7 +72,7 @@ class ConnectCalls:
             )
         if method.client_streaming:
             codec_of(exchange.header("content-type"), STREAM_TYPES)
-            message = "Client streams need HTTP/2 over Connect: use the method's REST path, or gRPC."
+            message = "Client streams need HTTP/2 over Connect: use the REST path, or gRPC."
             raise Unimplemented(message)
         if method.server_streaming:
             await self._call_stream(exchange)
