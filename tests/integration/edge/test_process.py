@@ -87,6 +87,8 @@ async def test_it_serves_says_where_and_drains_on_sigterm(behind, tmp_path):
         ("TENFOLD_IDENTITY_FOLDER", "/nonexistent"),
         ("TENFOLD_EDGE_DESCRIPTORS", "/nonexistent"),
         ("TENFOLD_EDGE_API_BURST_POINTS", "3"),
+        ("TENFOLD_EDGE_ALLOW_ANONYMOUS", "true"),  # a mesh knows who calls
+        ("TENFOLD_EDGE_UPSTREAM_CA", "/nonexistent"),
     ],
 )
 async def test_a_wrong_setting_is_one_sentence_that_names_it_and_exit_1(
