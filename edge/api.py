@@ -88,6 +88,7 @@ class Api:
             version=version,
             json=config.json,
             is_google=config.error_format == ERROR_GOOGLE,
+            forwarding=forwarding,
         )
         documents = _documents(openapi, title)
         require_reachable(routes, {*documents, *HEALTH_PATHS})

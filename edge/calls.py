@@ -143,7 +143,11 @@ class Calls:
             if exchange.charge is not None:
                 charging.note_replay(exchange.charge)
             answer.headers.append((b"idempotency-replayed", b"true"))
-        answer.headers.extend(self.leaving(exchange, reply))
+        crossing = self._forwarding.of(route.method)
+        if crossing.leaving:
+            own = {name for name, _ in answer.headers}  # such as Location: the edge knows its paths
+            leaving = headers_of(crossing, reply.initial, reply.trailing)
+            answer.headers.extend(header for header in leaving if header[0] not in own)
         if may_gain(answer.body, codings) and shape_of(route).may_compress:
             answer = await coded(answer, codings)
         await exchange.respond(answer.status, answer.headers, answer.body)
@@ -250,14 +254,10 @@ class Calls:
             exchange.principal, timeout_s, exchange.request_id, exchange.traceparent, extra
         )
 
-    def leaving(self, exchange: Exchange, reply: Reply) -> HeaderList:
-        """What of a reply's metadata are headers of the answer."""
-        crossing = self._forwarding.of(exchange.call.method)
-        return headers_of(crossing, reply.initial, reply.trailing) if crossing.leaving else []
-
     def _leaving_stream(
         self, exchange: Exchange
     ) -> Callable[[Mapping[str, str]], HeaderList] | None:
+        """What of a stream's initial metadata are headers of the answer; see `streams.relay`."""
         crossing = self._forwarding.of(exchange.call.method)
         if not crossing.leaving:
             return None

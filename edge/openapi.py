@@ -5,7 +5,7 @@ disagree. Comments of the contracts become descriptions.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -15,15 +15,16 @@ from edge.answer import NO_CONTENT, Answers, answers_of
 from edge.codec import CodecOptions
 from edge.contracts import Contracts
 from edge.fields import descriptor_of, is_map, map_fields, message_type
+from edge.forwarding import Crossing, Forwarding
 from edge.problem import CONTENT_TYPE
 from edge.query import is_json_leaf, is_text_leaf
 from edge.routes import ANY_METHOD, DEFAULT_JSON, Route, RouteTable
 from edge.schemas import Schema, Schemas, is_required
+from edge.shapes import shape_of
 from edge.template import DOUBLE_STAR, STAR, Template, Variable
 from edge.transcode import plan_of
 from shared.rpc.policy import REQUEST_ID_FIELD, Access, Idempotency
 
-CURSOR_FIELD = "cursor"
 # How deep query parameters of nested messages are listed; the edge itself goes deeper.
 QUERY_LEVELS_MAX = 3
 
@@ -74,6 +75,7 @@ def openapi_document(
     version: str,
     json: CodecOptions = DEFAULT_JSON,
     is_google: bool = False,
+    forwarding: Forwarding | None = None,
 ) -> dict[str, Any]:
     """Describe every route.
 
@@ -84,11 +86,13 @@ def openapi_document(
         version: of the API, not of OpenAPI.
         json: how answers are written.
         is_google: whether errors are told as AIP-193 has them, not as problem documents.
+        forwarding: which headers cross; None for what the contracts list.
 
     Returns:
         The document, made of plain dicts and lists, in a stable order.
     """
     schemas = Schemas(contracts, proto_names=json.proto_names)
+    forwarding = forwarding or Forwarding(route.method for route in route_table.routes)
     paths: dict[str, dict[str, Any]] = {}
     tags: dict[str, str] = {}
     operation_ids: dict[str, int] = {}
@@ -96,7 +100,8 @@ def openapi_document(
         service = route.method.service
         tags.setdefault(service, contracts.comment(service))
         path, parameters = openapi_path(route.template)
-        operation = _Operation(route, contracts, schemas).describe(path, parameters)
+        crossing = forwarding.of(route.method)
+        operation = _Operation(route, contracts, schemas, crossing).describe(path, parameters)
         is_any = route.http_method == ANY_METHOD
         for http_method in _EVERY_METHOD if is_any else (route.http_method,):
             own = dict(operation, operationId=_operation_id(route, operation_ids))
@@ -178,8 +183,11 @@ def _operation_id(route: Route, seen: dict[str, int]) -> str:
 class _Operation:
     """Describes one route."""
 
-    def __init__(self, route: Route, contracts: Contracts, schemas: Schemas) -> None:
+    def __init__(
+        self, route: Route, contracts: Contracts, schemas: Schemas, crossing: Crossing
+    ) -> None:
         self.route, self.contracts, self.schemas = route, contracts, schemas
+        self.crossing = crossing
         self.method, self.policy = route.method, route.method.policy
         self.request = descriptor_of(route.method.input)
         self.answer = descriptor_of(route.method.output)
@@ -263,17 +271,21 @@ class _Operation:
             yield {"$ref": "#/components/parameters/IdempotencyKeyRequired"}
         elif self.policy.idempotency is Idempotency.OPTIONAL:
             yield {"$ref": "#/components/parameters/IdempotencyKey"}
-        if self.route.raw is not None:
-            skipped = {*_HEADERS_DESCRIBED_ELSEWHERE, "idempotency-key"}
-            for name in self.route.raw.request_headers:
-                if name not in skipped:
-                    yield {"name": _header_case(name), "in": "header", "schema": {"type": "string"}}
-        elif self.method.server_streaming and CURSOR_FIELD in self.request.fields_by_name:
+        raw = self.route.raw.request_headers if self.route.raw is not None else ()
+        described = {*_HEADERS_DESCRIBED_ELSEWHERE, "idempotency-key"}
+        for name in sorted({*raw, *self.crossing.entering} - described):
+            yield {"name": _header_case(name), "in": "header", "schema": {"type": "string"}}
+        if self.may_resume:
             yield {"$ref": "#/components/parameters/LastEventId"}
         if self.takes_if_match:
             yield _IF_MATCH
         if self.may_be_unchanged:
             yield _IF_NONE_MATCH
+
+    @property
+    def may_resume(self) -> bool:
+        is_read_only = self.method.server_streaming and not self.method.client_streaming
+        return is_read_only and shape_of(self.route).cursor is not None
 
     @property
     def takes_if_match(self) -> bool:
@@ -304,6 +316,8 @@ class _Operation:
             return {"required": required, "content": _BYTES}
         # A PATCH that names nothing to change is refused.
         required = required or (plan.update_mask is not None and plan.update_mask.is_made)
+        if self.method.client_streaming:
+            return {"required": False, "content": {"application/x-ndjson": _lines_of(schema)}}
         return {"required": required, "content": {"application/json": {"schema": schema}}}
 
     def raw_body(self) -> Schema | None:
@@ -336,19 +350,18 @@ class _Operation:
             headers["ETag"] = _ETAG
         if self.route.served_at:
             headers["Location"] = _LOCATION
-        return headers
+        return headers | _text_headers(name.decode() for name in self.crossing.leaving)
 
     def response_content(self, answers: Answers) -> dict[str, Any]:
         schema = self.schemas.of_message(self.answer)
         if self.route.response_body:
             schema = self.schemas.of_field(self.answer.fields_by_name[self.route.response_body])
+        if not answers.is_json:
+            return _BYTES
         if not self.method.server_streaming:
-            return {"application/json": {"schema": schema}} if answers.is_json else _BYTES
+            return {"application/json": {"schema": schema}}
         return {
-            "application/x-ndjson": {
-                "schema": schema,
-                "x-stream": "One JSON document per line; an error ends the stream with a problem.",
-            },
+            "application/x-ndjson": _lines_of(schema, "; an error ends the stream with a problem"),
             "text/event-stream": {
                 "schema": schema,
                 "x-stream": f"Server-sent events ({_HTML_EVENTS}): data is the JSON document, id "
@@ -358,11 +371,8 @@ class _Operation:
 
     def raw_response(self) -> dict[str, Any]:
         assert self.route.raw is not None
-        names = [_header_case(name) for name in self.route.raw.response_headers]
-        answer: dict[str, Any] = {
-            "description": "Done.",
-            "headers": {name: {"schema": {"type": "string"}} for name in names},
-        }
+        names = self.route.raw.response_headers
+        answer: dict[str, Any] = {"description": "Done.", "headers": _text_headers(names)}
         if self.route.http_method != "HEAD":
             answer["content"] = _BYTES
         return answer
@@ -390,6 +400,14 @@ def _field_at(message: Descriptor, field_path: str) -> FieldDescriptor:
     for name in parents:
         message = message_type(message.fields_by_name[name])
     return message.fields_by_name[last]
+
+
+def _lines_of(schema: Schema, end: str = "") -> Schema:
+    return {"schema": schema, "x-stream": f"One JSON document per line{end}."}
+
+
+def _text_headers(names: Iterable[str]) -> dict[str, Any]:
+    return {_header_case(name): {"schema": {"type": "string"}} for name in names}
 
 
 def _header_case(name: str) -> str:

@@ -298,7 +298,9 @@ class _Guarded:
         return message
 
     def _key_of(self, request: Message | None, call: Context) -> str:
-        given = getattr(request, REQUEST_ID_FIELD) if self._policy.has_request_id else ""
+        # A client stream is asked for its key before its first message is there.
+        has_field = request is not None and self._policy.has_request_id
+        given = getattr(request, REQUEST_ID_FIELD) if has_field else ""
         key: str = given or call.metadata.get(IDEMPOTENCY_KEY, "")
         if not key:
             if self._needs_key:

@@ -36,7 +36,24 @@ def request_of(table, method, target, body=b"", **options):
 
 
 @pytest.fixture
-def table_of(tmp_path):
+def contracts_of(tmp_path):
+    """Makes contracts of one service's methods, and of more messages than Q."""
+
+    def make(methods, messages=""):
+        (tmp_path / "t.proto").write_text(
+            'syntax = "proto3"; package t; import "google/api/annotations.proto";\n'
+            'import "tenfold/options/v1/policy.proto"; import "google/api/httpbody.proto";\n'
+            "message Q { string a = 1; string b = 2; Q q = 3; repeated string r = 4;"
+            " map<string, string> m = 5; google.api.HttpBody body = 6; }\n"
+            f"{messages} service S {{ {methods} }}"
+        )
+        return Contracts(compile_protos(tmp_path, tmp_path))
+
+    return make
+
+
+@pytest.fixture
+def table_of(contracts_of):
     """Makes a route table of rules for methods M0, M1, ... of one service."""
 
     def make(*rules, more=""):
@@ -44,13 +61,6 @@ def table_of(tmp_path):
             f"rpc M{i}(Q) returns (Q) {{ option (google.api.http) = {{{rule}}}; }}\n"
             for i, rule in enumerate(rules)
         )
-        (tmp_path / "t.proto").write_text(
-            'syntax = "proto3"; package t; import "google/api/annotations.proto";\n'
-            'import "tenfold/options/v1/policy.proto";\n'
-            "message Q { string a = 1; string b = 2; Q q = 3; repeated string r = 4;"
-            " map<string, string> m = 5; }\n"
-            f"service S {{ {methods} }}"
-        )
-        return RouteTable.of_contracts(compile_protos(tmp_path, tmp_path))
+        return RouteTable.of_contracts(contracts_of(methods))
 
     return make

@@ -4,6 +4,7 @@ import pytest
 
 from edge.codec import CodecOptions
 from edge.contracts import Contracts
+from edge.forwarding import Forwarding
 from edge.openapi import openapi_document
 from edge.routes import RouteTable
 from tests.protos import compile_protos
@@ -81,3 +82,56 @@ def test_defaults_are_told_as_they_are_written(document_of):
 def test_a_lenient_method_says_so(paths):
     assert "are ignored" in paths["/v1/books:search"]["get"]["description"]
     assert "are ignored" not in paths[BOOK]["get"].get("description", "")
+
+
+@pytest.fixture
+def operations_of(contracts_of):
+    """The operations of methods, by path; all are POST."""
+
+    def make(*methods, **settings):
+        text = "".join(
+            f'rpc M{i}{rpc} {{ option (google.api.http) = {{post: "/v1/m{i}" {rule}}};'
+            f" option (tenfold.options.v1.method) = {{{policy}}}; }}"
+            for i, (rpc, rule, policy) in enumerate(methods)
+        )
+        contracts = contracts_of(text)
+        table = RouteTable.of_contracts(contracts)
+        forwarding = Forwarding(contracts.methods(), **settings)
+        document = openapi_document(table, contracts, title="T", version="1", forwarding=forwarding)
+        return [item["post"] for item in document["paths"].values()]
+
+    return make
+
+
+def test_a_client_stream_takes_lines_or_bytes(operations_of):
+    lines, body, whole, none = operations_of(
+        ("(stream Q) returns (Q)", 'body: "*"', ""),
+        ("(stream Q) returns (stream Q)", 'body: "body"', ""),
+        ("(stream google.api.HttpBody) returns (Q)", 'body: "*"', ""),
+        ("(stream Q) returns (Q)", "", ""),
+    )
+    assert lines["requestBody"]["content"].keys() == {"application/x-ndjson"}
+    assert lines["responses"]["200"]["content"].keys() == {"application/json"}
+    assert body["requestBody"]["content"].keys() == {"*/*"}
+    assert whole["requestBody"]["content"].keys() == {"*/*"}
+    assert "requestBody" not in none
+
+
+def test_a_stream_of_bytes_is_bytes_whatever_holds_them(operations_of):
+    whole, inside = operations_of(
+        ("(Q) returns (stream google.api.HttpBody)", "", ""),
+        ("(Q) returns (stream Q)", 'response_body: "body"', ""),
+    )
+    for operation in (whole, inside):
+        assert operation["responses"]["200"]["content"].keys() == {"*/*"}
+
+
+def test_headers_that_cross_are_told(operations_of):
+    policy = 'request_headers: "x-own" response_headers: "x-back"'
+    own, other = operations_of(
+        ("(Q) returns (Q)", "", policy), ("(Q) returns (Q)", "", ""), request_headers="x-all"
+    )
+    assert header_names(own) == {"X-Own", "X-All"}
+    assert header_names(other) == {"X-All"}
+    assert "X-Back" in own["responses"]["200"]["headers"]
+    assert "X-Back" not in other["responses"]["200"]["headers"]

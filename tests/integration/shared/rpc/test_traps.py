@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tenfold.auth.v1 import auth_service_pb2 as auth
 
@@ -16,8 +17,11 @@ from shared.errors import (
     Overloaded,
     Unavailable,
 )
+from shared.identity import IdentityVerifier
 from shared.rpc.context import Context
 from shared.rpc.engine import EngineLimits
+from shared.rpc.interceptors import Chain
+from shared.rpc.policy import Access, Idempotency, MethodPolicy
 from shared.rpc.server import RpcServer, RpcServerConfig
 from tests.integration.shared.rpc.harness import USER, Sessions, serving
 
@@ -352,3 +356,35 @@ async def test_reflection_tells_the_contracts() -> None:
         assert "tenfold.auth.v1.SessionService" in names
         await call.done_writing()
         assert await call.code() is grpc.StatusCode.OK
+
+
+async def test_the_key_of_a_client_stream_is_metadata_whatever_its_messages_hold() -> None:
+    path, keys = "/test.v1.Uploads/Add", []
+
+    async def add(requests: Any, context: Context) -> Empty:
+        keys.append(context.idempotency_key)
+        return Empty()
+
+    policy = MethodPolicy(
+        path,
+        access=Access.PUBLIC,
+        idempotency=Idempotency.KEYED,
+        client_streaming=True,
+        has_request_id=True,
+    )
+    handler = grpc.stream_unary_rpc_method_handler(add, Empty.FromString, Empty.SerializeToString)
+    wrapped = Chain(IdentityVerifier({}), {path: policy}).wrap(path, handler)
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("test.v1.Uploads", {"Add": wrapped})]
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for metadata in ([("idempotency-key", "once")], []):
+            call = channel.stream_unary(path)(metadata=metadata)
+            await call.done_writing()
+            await call.code()
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    await server.stop(0)
+    assert keys == ["once"]
