@@ -12,10 +12,10 @@ from typing import Any
 
 from edge import charges as charging
 from edge import raw, streams
-from edge.answer import Answers, answers_of
+from edge.answer import NOT_MODIFIED, Answers, answers_of
 from edge.auth import Authenticator
 from edge.client_streams import Requests, StreamLimits, collect
-from edge.compression import coded, codings_for, decoded, headers_of_coding, may_gain
+from edge.compression import VARY, coded, codings_for, decoded, headers_of_coding, may_gain
 from edge.etags import Condition
 from edge.exchange import Exchange, address_block, too_large
 from edge.fields import AnyMessage
@@ -23,7 +23,7 @@ from edge.forwarding import Forwarding, headers_of, in_bytes, metadata_of
 from edge.gzipped import GzipStream
 from edge.http1 import HeaderList
 from edge.json_text import Wrong
-from edge.negotiation import Codings, require_media_type
+from edge.negotiation import NO_CODINGS, Codings, require_media_type
 from edge.problem import ErrorTeller, problem_of
 from edge.query import set_leaf
 from edge.shapes import shape_of
@@ -92,6 +92,7 @@ class Calls:
         self._open_streams = open_streams
         self._limits = limits
         self._forwarding = forwarding
+        self._forwards = forwarding.is_needed
         self._authenticator = authenticator
         self._public_url = public_url
         self._tell = tell
@@ -116,7 +117,9 @@ class Calls:
     async def _call_unary(self, exchange: Exchange) -> None:
         route, answers = exchange.call, answers_of(exchange.call)
         answers.require_acceptable(exchange.header("accept"))
-        codings = codings_for(exchange, may_compress=shape_of(route).may_compress)
+        codings = NO_CODINGS
+        if b"accept-encoding" in exchange.headers:
+            codings = codings_for(exchange, may_compress=shape_of(route).may_compress)
         request = await self._request(exchange)
         condition = _condition(exchange, request, answers)
         if route.method.policy.idempotency is Idempotency.SAFE:
@@ -143,13 +146,14 @@ class Calls:
             if exchange.charge is not None:
                 charging.note_replay(exchange.charge)
             answer.headers.append((b"idempotency-replayed", b"true"))
-        crossing = self._forwarding.of(route.method)
-        if crossing.leaving:
+        if self._forwards:
+            leaving = headers_of(self._forwarding.of(route.method), reply.initial, reply.trailing)
             own = {name for name, _ in answer.headers}  # such as Location: the edge knows its paths
-            leaving = headers_of(crossing, reply.initial, reply.trailing)
             answer.headers.extend(header for header in leaving if header[0] not in own)
         if may_gain(answer.body, codings) and shape_of(route).may_compress:
             answer = await coded(answer, codings)
+        elif answer.status == NOT_MODIFIED and shape_of(route).may_compress:
+            answer.headers.append(VARY)  # as the whole answer would have it (RFC 9110 §15.4.5)
         await exchange.respond(answer.status, answer.headers, answer.body)
 
     async def _call_stream(self, exchange: Exchange) -> None:
@@ -245,8 +249,8 @@ class Calls:
         timeout_s = exchange.remaining_s()
         if timeout_s <= 0:
             raise DeadlineExceeded("The time was spent before the call began.")
-        crossing = self._forwarding.of(exchange.call.method)
-        if crossing.entering:
+        if self._forwards:
+            crossing = self._forwarding.of(exchange.call.method)
             extra = [*extra, *metadata_of(exchange, crossing)]
         if exchange.traceparent and _TRACE_STATE in exchange.headers:
             extra = [*extra, *_trace_state(exchange.headers[_TRACE_STATE])]

@@ -32,6 +32,8 @@ from edge.refusals import NotAcceptable, UnsupportedMediaType
 # A millisecond or two; longer ones go to a thread, so that others are served meanwhile.
 INLINE_BYTES_MAX = 256 * 1024
 
+VARY = (b"vary", b"accept-encoding")
+
 _TEXT_TYPES = ("text/", "application/json", "application/xml", "application/javascript")
 _TEXT_SUFFIXES = ("+json", "+xml")
 _IDENTITY = {"", "identity"}
@@ -64,8 +66,7 @@ def may_gain(body: bytes, codings: Codings) -> bool:
 
 def headers_of_coding(codings: Codings) -> HeaderList:
     """What says that an answer depends on Accept-Encoding, and what became of it."""
-    vary = (b"vary", b"accept-encoding")
-    return [vary, (b"content-encoding", b"gzip")] if codings.likes_gzip else [vary]
+    return [VARY, (b"content-encoding", b"gzip")] if codings.likes_gzip else [VARY]
 
 
 async def coded(answer: Answer, codings: Codings) -> Answer:

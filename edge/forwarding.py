@@ -7,7 +7,8 @@ services with, or what services believe, can not be listed: one that did would l
 say who it is. The names are judged once, at start; a request's names are compared exactly, in
 lower case, so that `x_user_id`, `X-User-Id-Bin` and whatever else looks alike is another name
 and stays out. A header that comes twice crosses as one value, joined by a comma (RFC 9110
-§5.3): no service ever sees two.
+§5.3): no service ever sees two. A raw binding lists its own headers, under names of their own
+(`edge.raw`); what enters with every method enters with it as well.
 """
 
 import re
@@ -122,6 +123,11 @@ class Forwarding:
                 self._check(own_entering, own_leaving)
                 crossing = _crossing(own_entering | entering, own_leaving | leaving)
                 self._by_method[method.full_name] = crossing
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything crosses at all."""
+        return bool(self._by_method) or self._others != Crossing()
 
     def of(self, method: MethodInfo) -> Crossing:
         """What crosses with this method."""

@@ -110,6 +110,7 @@ async def test_each_form_has_its_own_etag_and_both_come_back_as_the_same(foreign
     for tag in ('"7"', '"7%gzip"', 'W/"7%gzip"'):
         fresh = await ask(foreign_edge, LONG + "&etag=7", f"If-None-Match: {tag}")
         assert (fresh.status, fresh.headers["etag"]) == (304, tag.removeprefix("W/"))
+        assert fresh.headers["vary"] == "accept-encoding"
         body = b'{"number":1}'
         lines = (f"If-Match: {tag}", "Content-Type: application/json")
         written = await ask(foreign_edge, "/v1/rooms/den/note", *lines, method="POST", body=body)
