@@ -91,6 +91,14 @@ def test_no_identity_and_no_header_of_the_client_reaches_the_server(edge):
     assert heard.json() == {"names": ["user-agent", "x-request-id"]}
 
 
+def test_a_server_that_checks_credentials_itself_may_have_them(shop, upstream, tmp_path):
+    arguments = ("--descriptors", shop.image, "--upstream", upstream, OPEN)
+    listed = {"TENFOLD_EDGE_REQUEST_HEADERS": "authorization"}
+    with running_edge(tmp_path, *arguments, environ=listed) as edge:
+        heard = edge.client.get("/v1/heard", headers={"Authorization": "Bearer abc"})
+    assert heard.json() == {"names": ["authorization", "user-agent", "x-request-id"]}
+
+
 def test_a_stream_comes_as_events_and_as_lines(edge):
     path = "/v1/items:watch?count=2"
     events = edge.client.get(path, headers={"Accept": "text/event-stream"}).text
