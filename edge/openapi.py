@@ -7,6 +7,7 @@ disagree. Comments of the contracts become descriptions.
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
+from urllib.parse import quote
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
@@ -19,7 +20,7 @@ from edge.forwarding import Crossing, Forwarding
 from edge.problem import CONTENT_TYPE
 from edge.query import is_json_leaf, is_text_leaf
 from edge.routes import ANY_METHOD, DEFAULT_JSON, Route, RouteTable
-from edge.schemas import Schema, Schemas, is_required
+from edge.schemas import NULL, Schema, Schemas, is_required
 from edge.shapes import shape_of
 from edge.template import DOUBLE_STAR, STAR, Template, Variable
 from edge.transcode import plan_of
@@ -132,7 +133,7 @@ def openapi_path(template: Template) -> tuple[str, list[tuple[str, Variable]]]:
     taken: set[str] = set()
     for index, segment in enumerate(template.segments):
         if isinstance(segment, bytes):
-            parts.append(segment.decode())
+            parts.append(_literal(segment))
             continue
         variable = _variable_at(template, index)
         name = _parameter_name(template, index, variable)
@@ -142,8 +143,13 @@ def openapi_path(template: Template) -> tuple[str, list[tuple[str, Variable]]]:
         parts.append("{" + name + "}")
         if variable is not None:
             parameters.append((name, variable))
-    verb = ":" + template.verb.decode() if template.verb else ""
+    verb = ":" + _literal(template.verb) if template.verb else ""
     return "/" + "/".join(parts) + verb, parameters
+
+
+def _literal(decoded: bytes) -> str:
+    """A literal as a target has it; so no brace of it looks like a variable, no slash like one."""
+    return quote(decoded, safe="-._~!$&'()*+,;=@")
 
 
 def _variable_at(template: Template, index: int) -> Variable | None:
@@ -154,13 +160,15 @@ def _variable_at(template: Template, index: int) -> Variable | None:
 
 
 def _parameter_name(template: Template, index: int, variable: Variable | None) -> str:
+    # Many tools that fill a path in take a dot for the way into an object.
+    own = variable.field_path.replace(".", "_") if variable is not None else ""
     if variable is not None and not variable.is_multi_segment:
-        return variable.field_path
+        return own
     before = template.segments[index - 1] if index else b""
     if template.segments[index] == STAR and isinstance(before, bytes) and before.endswith(b"s"):
         return re.sub(r"ies$|s$", _singular_ending, before.decode())
     if variable is not None and template.segments[index] != DOUBLE_STAR:
-        return variable.field_path
+        return own
     return "rest" if template.segments[index] == DOUBLE_STAR else "any"
 
 
@@ -328,7 +336,7 @@ class _Operation:
     def responses(self) -> dict[str, Any]:
         answers: dict[str, Any] = {}
         if self.answers is None:
-            answers["2XX"] = self.raw_response()
+            answers |= self.raw_responses()
         else:
             ok: Schema = {"description": "Done.", "headers": self.response_headers(self.answers)}
             if self.answers.status != NO_CONTENT:
@@ -355,7 +363,10 @@ class _Operation:
     def response_content(self, answers: Answers) -> dict[str, Any]:
         schema = self.schemas.of_message(self.answer)
         if self.route.response_body:
-            schema = self.schemas.of_field(self.answer.fields_by_name[self.route.response_body])
+            field = self.answer.fields_by_name[self.route.response_body]
+            schema = self.schemas.of_field(field)
+            if field.has_presence:
+                schema = {"anyOf": [schema, NULL]}
         if not answers.is_json:
             return _BYTES
         if not self.method.server_streaming:
@@ -369,25 +380,33 @@ class _Operation:
             },
         }
 
-    def raw_response(self) -> dict[str, Any]:
+    def raw_responses(self) -> dict[str, Any]:
+        """Its service chooses the status; what it answers with 204 has no content."""
         assert self.route.raw is not None
         names = self.route.raw.response_headers
         answer: dict[str, Any] = {"description": "Done.", "headers": _text_headers(names)}
-        if self.route.http_method != "HEAD":
-            answer["content"] = _BYTES
-        return answer
+        has_content = self.route.http_method in {"GET", "POST"}
+        with_content = answer | {"content": _BYTES} if has_content else answer
+        return {"204": answer, "2XX": with_content}
 
     def error_statuses(self) -> list[str]:
-        statuses = ["400", "429"]
-        if self.policy.access is not Access.PUBLIC:
-            statuses += ["401", "403"]
-        if self.captured:
-            statuses.append("404")
-        if self.policy.idempotency in {Idempotency.KEYED, Idempotency.OPTIONAL}:
-            statuses += ["409", "422"]
+        """What a client may have to deal with; "default" is for what it can do nothing about.
+
+        A service may answer any code of gRPC, whatever the method is for, and a bad credential
+        is refused even where none is needed. That of a raw binding answers what it likes.
+        """
+        if self.answers is None:
+            return ["4XX"]
+        statuses = {400, 401, 403, 404, 409, 414, 429, 431}
+        if self.answers.status != NO_CONTENT:
+            statuses.add(406)
+        if self.route.body:
+            statuses |= {408, 413, 415}
         if self.takes_if_match:
-            statuses.append("412")
-        return sorted(statuses)
+            statuses.add(412)
+        if self.policy.has_request_id:
+            statuses.add(422)
+        return [str(status) for status in sorted(statuses)]
 
     def security(self) -> list[dict[str, list[str]]]:
         if self.policy.access is Access.PUBLIC:
@@ -506,7 +525,7 @@ _GOOGLE_ERROR: Schema = {
 }
 _PROBLEM: Schema = {
     "type": "object",
-    "required": ["type", "title", "status", "detail", "code", "reason", "request_id"],
+    "required": ["type", "title", "status", "detail", "code", "reason"],
     "properties": {
         "type": {"type": "string", "format": "uri"},
         "title": _TEXT,
@@ -514,7 +533,7 @@ _PROBLEM: Schema = {
         "detail": _TEXT,
         "code": _TEXT | {"description": "The gRPC code's name: NOT_FOUND."},
         "reason": _TEXT | {"description": "For programs: INSUFFICIENT_FUNDS."},
-        "request_id": _TEXT,
+        "request_id": _TEXT | {"description": "Absent where no request could be read."},
         "details": {"type": "object", "additionalProperties": _TEXT},
         "violations": {
             "type": "array",

@@ -5,6 +5,7 @@ either version can show the document. Rules of buf.validate become keywords wher
 Schema has one.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from tenfold.options.v1 import policy_pb2
 
 from edge import well_known
 from edge.contracts import Contracts
-from edge.fields import is_map, map_fields, message_type
+from edge.fields import is_map, is_null_value, map_fields, message_type
 
 Schema = dict[str, Any]
 
@@ -35,15 +36,22 @@ _WELL_KNOWN: dict[str, Schema] = {
         "properties": {"@type": {"type": "string"}},
         "additionalProperties": True,
     },
-    "google.api.HttpBody": {"type": "string", "format": "binary"},
 }
 _INTEGER_32: Schema = {"type": "integer", "format": "int32"}
 _UNSIGNED_32: Schema = {"type": "integer", "format": "int64", "minimum": 0, "maximum": 2**32 - 1}
-_FLOAT: Schema = {"type": "number", "format": "float"}
-_DOUBLE: Schema = {"type": "number", "format": "double"}
+# What JSON has no number for is a string.
+_NO_NUMBERS: Schema = {"type": "string", "enum": ["NaN", "Infinity", "-Infinity"]}
+_FLOAT: Schema = {"anyOf": [{"type": "number", "format": "float"}, _NO_NUMBERS]}
+_DOUBLE: Schema = {"anyOf": [{"type": "number", "format": "double"}, _NO_NUMBERS]}
 # proto JSON writes 64-bit integers as strings; bare numbers are read as well.
-_INTEGER_64: Schema = {"type": "string", "format": "int64", "pattern": "^-?[0-9]+$"}
-_UNSIGNED_64: Schema = {"type": "string", "format": "uint64", "pattern": "^[0-9]+$"}
+_INTEGER_64: Schema = {
+    "type": "string",
+    "format": "int64",
+    "pattern": "^(0|-?[1-9][0-9]{0,18})$",
+}
+_UNSIGNED_64: Schema = {"type": "string", "format": "uint64", "pattern": "^(0|[1-9][0-9]{0,19})$"}
+# Written so, for OpenAPI 3.0 has no type null.
+NULL: Schema = {"enum": [None]}
 
 _SCALARS: dict[int, Schema] = {
     FieldDescriptor.TYPE_STRING: {"type": "string"},
@@ -131,6 +139,8 @@ class Schemas:
     def _of_single(self, field: FieldDescriptor) -> Schema:
         if field.message_type is not None:
             return self.of_message(message_type(field))
+        if is_null_value(field):
+            return dict(NULL)
         if field.enum_type is not None:
             return self._of_enum(field.enum_type)
         return dict(_SCALARS[field.type])
@@ -154,12 +164,22 @@ def is_required(field: FieldDescriptor) -> bool:
     rules = field.GetOptions().Extensions[validate_pb2.field]
     if rules.required or field.is_required:
         return True
-    if field.has_presence:
+    if field.has_presence or rules.ignore != validate_pb2.IGNORE_UNSPECIFIED:
         return False
     if field.is_repeated:
         return bool(rules.repeated.min_items)
-    # Without presence, a field that is left out is "": refused where "" is.
-    return rules.string.min_len > 0 or rules.string.min_bytes > 0
+    # Without presence, a field that is left out is "" or 0: refused where that is.
+    if rules.string.min_len or rules.string.min_bytes or 0 in rules.enum.not_in:
+        return True
+    return not _matches(rules.string.pattern, "")
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """Whether a pattern of RE2 finds something in a text; True where Python cannot say."""
+    try:
+        return re.search(pattern, text) is not None
+    except re.error:
+        return True
 
 
 def _rules(field: FieldDescriptor) -> Schema:

@@ -137,6 +137,20 @@ def test_every_error_is_a_problem(document, operations):
         assert all(responses[status] == problem for status in responses if status[0] == "4")
 
 
+def test_what_a_client_can_deal_with_is_named(document):
+    transfer = document["paths"]["/v1/accounts/{account}:transferFunds"]["post"]["responses"]
+    named = "200 400 401 403 404 406 408 409 413 414 415 422 429 431 default".split()
+    assert sorted(transfer) == named
+    listed = document["paths"]["/v1/accounts"]["get"]["responses"]
+    assert not listed.keys() & {"408", "412", "413", "415", "422"}
+
+
+def test_a_field_that_its_rule_refuses_when_it_is_left_out_is_required(document):
+    sums = document["paths"]["/v1/dailySums"]["get"]
+    required = {p["name"] for p in parameters(document, sums) if p.get("required")}
+    assert {"firstDay", "lastDay"} <= required
+
+
 def test_request_ids_are_not_asked_for_twice(document):
     body = document["paths"]["/v1/accounts/{account}:transferFunds"]["post"]["requestBody"]
     schema = body["content"]["application/json"]["schema"]
@@ -174,11 +188,28 @@ def test_the_document_is_plain_json_and_the_same_each_time(contracts, table, doc
 
 def test_any_contract_set_can_be_described(everything_document):
     paths = everything_document["paths"]
-    assert {"get", "put", "post", "delete", "patch"} == paths["/v1/open/café"].keys()
+    assert {"get", "put", "post", "delete", "patch"} == paths["/v1/open/caf%C3%A9"].keys()
     assert "/v1/files/{rest}:stat" in paths
     assert "/v1/shelves/{shelve}/books/{book}" in paths
     names = [p.get("name") for p in paths["/v1/things/{text}"]["get"]["parameters"]]
     assert {"text", "inner.bigNumber", "labels", "time", "stringWrapper"} <= set(names)
+
+
+def test_literals_of_a_path_are_written_as_a_target_has_them(everything_document):
+    assert "/v1/open/caf%C3%A9" in everything_document["paths"]
+
+
+def test_a_response_body_that_may_be_unset_may_be_null(everything_document):
+    put = everything_document["paths"]["/v1/inners/{inner}"]["put"]
+    schema = put["responses"]["200"]["content"]["application/json"]["schema"]
+    assert {"enum": [None]} in schema["anyOf"]
+
+
+def test_a_double_may_be_what_json_has_no_number_for(everything_document):
+    schema = everything_document["components"]["schemas"]["everything.v1.Everything"]
+    number, word = schema["properties"]["aDouble"]["anyOf"]
+    assert (number["type"], word["enum"]) == ("number", ["NaN", "Infinity", "-Infinity"])
+    assert schema["properties"]["choiceNull"] == {"enum": [None]}
 
 
 def test_a_parameter_that_is_json_says_so(everything_document):
