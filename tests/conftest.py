@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -96,14 +95,4 @@ def start_mesh(tmp_path: Path) -> StartMesh:
 @pytest.fixture(scope="session")
 def sign_in() -> Callable[[Mesh], str]:
     """Signs a new user up and in, over REST; the access token."""
-
-    def sign_up_and_in(mesh: Mesh) -> str:
-        email = f"user-{secrets.token_hex(6)}@example.com"
-        body = {"email": email, "password": secrets.token_urlsafe(16)}
-        signed_up = mesh.post("/v1/users:signUp", json=body, headers={"Idempotency-Key": email})
-        assert signed_up.status_code == 200, signed_up.text
-        session = mesh.post("/v1/sessions", json=body, headers={"Idempotency-Key": email})
-        assert session.status_code == 200, session.text
-        return str(session.json()["tokens"]["accessToken"])
-
-    return sign_up_and_in
+    return Mesh.sign_up_and_in

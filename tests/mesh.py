@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -206,6 +207,16 @@ class Mesh:
     def post(self, path: str, **options: Any) -> httpx.Response:
         """POST; see request."""
         return self.request("POST", path, **options)
+
+    def sign_up_and_in(self) -> str:
+        """Sign a new user up and in, over REST; the access token."""
+        email = f"user-{secrets.token_hex(6)}@example.com"
+        body = {"email": email, "password": secrets.token_urlsafe(16)}
+        signed_up = self.post("/v1/users:signUp", json=body, headers={"Idempotency-Key": email})
+        assert signed_up.status_code == 200, signed_up.text
+        session = self.post("/v1/sessions", json=body, headers={"Idempotency-Key": email})
+        assert session.status_code == 200, session.text
+        return str(session.json()["tokens"]["accessToken"])
 
     def _answers(self) -> bool:
         try:

@@ -1,4 +1,5 @@
-"""The long fault runs: stories told to a mesh whose processes are killed, and hostile input.
+"""The long fault runs: stories told to a mesh whose processes are killed, hostile input, and
+requests made from the OpenAPI document that nobody thought of.
 
     python tests/chaos/run.py --kills 30 --seed 7
 
@@ -16,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deploy.local.address import free_addresses
+from tests.chaos import documented
 from tests.fuzz.run import TARGETS, fuzz, is_installed
 from tests.kills import kill_at_random, told_to, violations
 from tests.mesh import running_mesh
@@ -61,9 +63,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30, help="how many processes to kill")
     parser.add_argument("--fuzz-s", type=int, default=120, help="seconds for each fuzz target")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="the schedule")
+    parser.add_argument("--examples", type=int, default=50, help="for each operation, and wrong")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}")
-    rows = [run(kills=arguments.kills, seed=arguments.seed), run_fuzzers(arguments.fuzz_s)]
+    rows = [run(kills=arguments.kills, seed=arguments.seed)] if arguments.kills else []
+    rows += [run_fuzzers(arguments.fuzz_s)] if arguments.fuzz_s else []
+    rows += documented.run(examples=arguments.examples) if arguments.examples else []
     print(json.dumps({"chaos": rows}))
     return 1 if any(row["violations"] for row in rows) else 0
 

@@ -24,6 +24,7 @@ from edge.wiring import Surroundings, open_edge
 from shared.clock import SystemClock
 from shared.rpc.client import Upstreams
 from tests.integration.edge.behind import Behind
+from tests.integration.edge.bench import Bench, open_bench
 from tests.integration.edge.duplex import Duplex
 from tests.integration.edge.stranger import CONTRACT, Stranger
 from tests.protos import compile_protos
@@ -202,3 +203,10 @@ async def until_ready(client: httpx.AsyncClient) -> None:
     while (answer := await client.get("/readyz")).status_code != 200:
         assert time.monotonic() < until, answer.text
         await asyncio.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+async def bench(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench]:
+    """An edge of the conformance contracts, and the server behind it."""
+    async with open_bench(tmp_path_factory.mktemp("conformance")) as running:
+        yield running
