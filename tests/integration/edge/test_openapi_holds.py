@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from tests.asking import Questions, ask_all
 from tests.integration.edge.bench import PACKAGE, Bench
 from tests.integration.edge.echo import Script
@@ -12,6 +14,8 @@ SERVICES = ("KindService", "Bodies", "Answers", "Files", "Calls", "Library", "Ed
 EXAMPLES = 2
 
 
+# Edges of other tests live on in this process, and use `random` while a request is made up.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")
 async def test_every_operation_answers_as_documented_and_never_with_a_5xx(bench: Bench) -> None:
     bench.echo.follow(Script())
     asked = await asyncio.to_thread(ask_all, bench.url, Questions(EXAMPLES, is_asked=is_asked))
