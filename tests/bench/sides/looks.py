@@ -122,7 +122,8 @@ class Looker:
         )
         command, work = module("tests.bench.sides.load"), json.dumps(asdict(job))
         ran = subprocess.run(command, input=work, capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, f"{side.name}, {call.name}: {ran.stderr}"
+        ended = f"the load generator ended with {ran.returncode}"
+        assert ran.returncode == 0, f"{side.name}, {call.name}: {ended}: {ran.stderr}"
         result = Result(**json.loads(ran.stdout))
         body = base64.b64decode(result.body)
         assert call.is_right(body), f"{side.name}, {call.name}: {body!r}"
