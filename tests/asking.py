@@ -5,6 +5,7 @@ too: its status by name ("default" does not count), its content type, headers an
 never a status from 500 on.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,12 @@ STREAM_TIMEOUT = "300m"
 STREAM_TYPE = "text/event-stream"
 
 Headers = Callable[[], Mapping[str, str]]
+
+
+@schemathesis.serializer("application/x-ndjson")
+def _line(context: Any, message: Any) -> bytes:
+    """A client stream of one message, for the document gives the schema of one."""
+    return json.dumps(message).encode() + b"\n"
 
 
 @dataclass

@@ -24,6 +24,7 @@ class Case:
 
     calls: str = ""
     receives: str | None = None
+    receives_all: tuple[str, ...] | None = None
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
 
     answers: str | None = None

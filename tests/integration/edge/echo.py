@@ -1,7 +1,8 @@
 """A gRPC server of any contract: it keeps what it received and answers as it was told."""
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -19,12 +20,12 @@ class Received:
 
     Attributes:
         path: "/conformance.v1.Templates/Single".
-        request: the bytes of the message.
+        requests: the bytes of each message; one, but for a client stream.
         metadata: what came beside it; the last value of a repeated name.
     """
 
     path: str
-    request: bytes
+    requests: Sequence[bytes]
     metadata: Mapping[str, str]
 
 
@@ -58,30 +59,42 @@ class Echo(grpc.GenericRpcHandler):
         method = self.methods.get(details.method)
         if method is None:
             return None
-        record = self._recorder(method)
         if method.server_streaming:
+            return self._streaming(method)
 
-            async def stream(request: bytes, context: grpc.aio.ServicerContext):
-                record(request, context)
-                async for message in self._answers(context):
-                    yield message
-
-            return grpc.unary_stream_rpc_method_handler(stream)
-
-        async def unary(request: bytes, context: grpc.aio.ServicerContext):
-            record(request, context)
+        async def unary(request: Any, context: grpc.aio.ServicerContext) -> bytes:
+            requests = await self._record(method, request, context)
             messages = [message async for message in self._answers(context)]
-            echoed = request if method.input is method.output else b""
-            return messages[0] if messages else echoed
+            echoes = method.input is method.output and requests
+            return messages[0] if messages else requests[-1] if echoes else b""
 
-        return grpc.unary_unary_rpc_method_handler(unary)
+        kind = (
+            grpc.stream_unary_rpc_method_handler
+            if method.client_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        return kind(unary)
 
-    def _recorder(self, method: MethodInfo) -> Callable[[bytes, grpc.aio.ServicerContext], None]:
-        def record(request: bytes, context: grpc.aio.ServicerContext) -> None:
-            metadata = dict(context.invocation_metadata() or ())
-            self.received.append(Received(method.full_name, request, metadata))
+    def _streaming(self, method: MethodInfo) -> grpc.RpcMethodHandler:
+        async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+            await self._record(method, request, context)
+            async for message in self._answers(context):
+                yield message
 
-        return record
+        kind = (
+            grpc.stream_stream_rpc_method_handler
+            if method.client_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        return kind(stream)
+
+    async def _record(
+        self, method: MethodInfo, request: Any, context: grpc.aio.ServicerContext
+    ) -> Sequence[bytes]:
+        requests = [item async for item in request] if method.client_streaming else [request]
+        metadata = dict(context.invocation_metadata() or ())
+        self.received.append(Received(method.full_name, requests, metadata))
+        return requests
 
     async def _answers(self, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         for message in self.script.messages or ():
