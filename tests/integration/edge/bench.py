@@ -1,6 +1,5 @@
 """One edge of the conformance contracts, in front of one server that answers as it is told."""
 
-import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
@@ -98,8 +97,5 @@ async def _start_edge(stack: AsyncExitStack, image: Path, upstreams: str) -> int
     )
     around = Surroundings(Upstreams.parse(upstreams), None, "", SystemClock())
     listener = stack.enter_context(closing(bind(config.listen, setting="listen")))
-    # Inherited by what is accepted. uvloop sets it, asyncio's own loop here does not: without
-    # it the end of each answer waits 40 ms for the client's acknowledgement.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     app = await stack.enter_async_context(open_edge(config, around))
     return await stack.enter_async_context(serving(app, config, listener))
