@@ -16,7 +16,9 @@ from types import SimpleNamespace
 
 import atheris
 
-with atheris.instrument_imports(include=["edge", "shared.rpc.http2", "shared.rpc.header_block"]):
+with atheris.instrument_imports(
+    include=["edge", "shared.rpc.http2", "shared.rpc.call", "shared.rpc.header_block"]
+):
     from edge import connect, deadlines, etags, streams
     from edge.auth import bearer_of
     from edge.binary import message_of_bytes
@@ -29,7 +31,7 @@ with atheris.instrument_imports(include=["edge", "shared.rpc.http2", "shared.rpc
     from edge.problem import problem_of
     from edge.routes import Match, RouteTable
     from edge.transcode import request_message
-    from shared.rpc.http2 import Http2Connection
+    from tests.unit.shared.rpc.wire import connected
 
 from shared.errors import Internal, TenfoldError
 from tests.protos import compile_protos
@@ -239,22 +241,11 @@ def fuzz_http2() -> Target:
     loop = asyncio.new_event_loop()
 
     async def converse(data: bytes) -> None:
-        ends: list[object] = []
-        receiver = SimpleNamespace(
-            on_message=lambda message: None,
-            on_end=lambda initial, trailing: ends.append(trailing),
-            on_failure=ends.append,
-        )
-        connection = Http2Connection(
-            lambda: None, is_pinged_when_idle=False, keepalive_s=60, ping_timeout_s=60
-        )
-        connection.connection_made(FakeTransport())
-        connection.data_received(b"\0\0\0\4\0\0\0\0\0")  # SETTINGS
-        for _ in range(2):
-            connection.start(b"\x83", b"message", receiver)
-        connection.data_received(data)
-        connection.connection_lost(None)
-        assert len(ends) == 2
+        peer = await connected()
+        calls = [peer.start(b"message"), peer.start(bytes(70_000))]
+        peer.send(data)
+        peer.connection.connection_lost(None)
+        assert [len(call.endings) for call in calls] == [1, 1]
 
     return lambda data: loop.run_until_complete(converse(data))
 
