@@ -215,7 +215,13 @@ class Exchange:
         return b"transfer-encoding" in self.headers or length.strip(b" \t0") != b""
 
     def cancel_when_client_leaves(self) -> None:
-        """Cancel the current task when the connection is closed: what it reads, nobody reads."""
+        """Cancel the current task when the connection is closed: what it reads, nobody reads.
+
+        Raises:
+            ClientLeft: it is closed already.
+        """
+        if self.request.has_left:
+            raise ClientLeft
         task = asyncio.current_task()
         assert task is not None
         self.request.on_left = task.cancel

@@ -91,9 +91,9 @@ class Http1Request:
         "_chunks",
         "_connection",
         "_expects_continue",
+        "_is_bodiless",
         "_is_chunked",
         "_is_complete",
-        "_is_for_head",
         "_waiter",
         "address",
         "has_left",
@@ -125,7 +125,7 @@ class Http1Request:
         self._is_complete = False
         self._expects_continue = False
         self._is_chunked = False
-        self._is_for_head = method == "HEAD"
+        self._is_bodiless = method == "HEAD"
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -190,7 +190,10 @@ class Http1Request:
             constant: more headers, encoded.
         """
         self.is_answered = True
-        parts, has_length = [], status in _BODILESS
+        self._expects_continue = False  # no word of waiting may follow the answer
+        parts, has_length = [], False
+        if status in _BODILESS:
+            has_length = self._is_bodiless = True  # whatever a service sends along
         for name, value in headers:
             parts.append(name + b": " + value)
             has_length = has_length or name == b"content-length"
@@ -218,13 +221,13 @@ class Http1Request:
             chunk: of the body; may be empty.
             is_last: whether the answer is whole with it.
         """
-        if self._is_for_head or not chunk:
+        if self._is_bodiless or not chunk:
             body = b""
         elif self._is_chunked:
             body = b"%x\r\n%b\r\n" % (len(chunk), chunk)
         else:
             body = chunk
-        if is_last and self._is_chunked and not self._is_for_head:
+        if is_last and self._is_chunked and not self._is_bodiless:
             body += b"0\r\n\r\n"
         if head or body:
             self._connection.write(head + body)
@@ -236,7 +239,7 @@ class Http1Request:
 
         `write` with is_last then ends the request itself.
         """
-        body = b"0\r\n\r\n" if self._is_chunked and not self._is_for_head else b""
+        body = b"0\r\n\r\n" if self._is_chunked and not self._is_bodiless else b""
         self._is_chunked = False
         self._connection.write(head + body)
 

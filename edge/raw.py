@@ -154,14 +154,38 @@ async def _send_answer(exchange: Exchange, call: RawCall, first: Message | None)
         headers.append((b"cache-control", b"no-store"))
     if first is None and status != 204 and exchange.method != "HEAD":
         headers.append((b"content-length", b"0"))
+    left_bytes = _promised_bytes(exchange, status, headers)
     await exchange.start(status, headers)
     message = first
     while message is not None:
         data: bytes = getattr(message, "data", b"")
+        if left_bytes is not None:
+            left_bytes -= len(data)
+            _require_promise(exchange, is_kept=left_bytes >= 0)
         if data:
             await exchange.write(data)
         message = await call.read()
+    _require_promise(exchange, is_kept=not left_bytes)
     await exchange.finish()
+
+
+def _promised_bytes(exchange: Exchange, status: int, headers: HeaderList) -> int | None:
+    """The Content-Length that a service gave to a body; None if it gave none, or has no body.
+
+    Raises:
+        Internal: it is no number.
+    """
+    text = dict(headers).get(b"content-length")
+    if text is None or exchange.method == "HEAD" or status in (204, 304):
+        return None
+    _require_promise(exchange, is_kept=text.isdigit())
+    return int(text)
+
+
+def _require_promise(exchange: Exchange, *, is_kept: bool) -> None:
+    # What is too much would be read as the next answer of this connection.
+    if not is_kept:
+        raise Internal(f"{exchange.call.method.full_name} did not keep to its content-length")
 
 
 def _status(metadata: Mapping[str, str], route: Route) -> int:

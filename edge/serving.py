@@ -4,15 +4,19 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from edge.app import EdgeApp
 from edge.config import EdgeConfig
 from edge.http1 import ConnectionLimits, Http1Request, Server
+from shared import log
 
 # Connections that the kernel may hold until we take them.
 BACKLOG = 1024
 # After the drain what is left is cancelled; then this for it to notice.
 STOP_MARGIN_S = 2.0
+
+_log = log.get_logger("edge")
 
 
 class ListenError(Exception):
@@ -89,7 +93,14 @@ class _Requests:
         """See http1.Server."""
         task = self._loop.create_task(self._app.serve(request))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(partial(self._end, request))
+
+    def _end(self, request: Http1Request, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # A bug beyond the app's own boundary; without an end the client would wait for ever.
+            _log.error("request failed without an answer", exc_info=error)
+            request.abort()
 
     async def finish(self, timeout_s: float) -> None:
         """Let them end; what is left then is cancelled."""

@@ -142,6 +142,9 @@ class _Wire(asyncio.Protocol):
                     answer.set_exception(ValkeyError(str(reply)))
                 else:
                     answer.set_result(reply)
+            if self._reader.has_data():
+                # It would be taken for the answer to the next command.
+                self.end(ValkeyError("Valkey answered what nobody asked"))
         except hiredis.ProtocolError as error:
             self.end(ValkeyError(f"this is no RESP: {error}"))
 

@@ -104,6 +104,12 @@ class Videos(media_service_pb2_grpc.VideoServiceServicer):
         finally:
             self.open_streams -= 1
 
+    async def GetVideoFile(self, requests: Any, context: Context) -> AsyncIterator[Any]:
+        """As long as the file's name says, with the body "hello"."""
+        length = context.metadata["http-path-file"]
+        await context.send_headers({"http-status": "200", "http-header-content-length": length})
+        yield httpbody_pb2.HttpBody(content_type="text/plain", data=b"hello")
+
     def _step(self, name: str, percent: int) -> Any:
         self.sent += 1
         return media_service_pb2.WatchVideoResponse(
@@ -147,6 +153,10 @@ class Uploads(media_service_pb2_grpc.UploadServiceServicer):
         if context.metadata["http-path-upload"] == "early":
             await context.send_headers({"http-status": "409"})
             yield httpbody_pb2.HttpBody(content_type="text/plain", data=b"wrong offset")
+            return
+        if context.metadata["http-path-upload"] == "bodiless":
+            await context.send_headers({"http-status": "204"})
+            yield httpbody_pb2.HttpBody(data=b"HTTP/1.1 200 OK\r\n\r\n")
             return
         self.received = 0
         try:

@@ -1,6 +1,7 @@
 """Quotas: one atomic script in a real Valkey, a local share while it is away."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from uuid import uuid4
 
@@ -89,6 +90,31 @@ async def test_the_script_survives_a_flushed_script_cache(valkey_url):
         await client.execute("SCRIPT", "FLUSH")
         verdict = await store.spend(key, Quota("api", 10, 1.0), 1, is_strict=False)
         assert verdict.remaining_points == 8
+
+
+async def test_an_answer_that_nobody_asked_for_is_no_commands_answer():
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while await reader.read(1000):
+                writer.write(b"+asked\r\n+unasked\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with open_valkey(f"redis://127.0.0.1:{port}", timeout_s=PATIENT_S) as client:
+            answers = [await client.execute("PING") for _ in range(3)]
+    assert answers == [b"asked"] * 3
+
+
+async def test_a_cancelled_command_leaves_its_answer_to_nobody(valkey_url):
+    async with open_valkey(valkey_url, timeout_s=PATIENT_S) as client:
+        await client.execute("PING")
+        commands = [asyncio.create_task(client.execute("ECHO", str(n))) for n in range(50)]
+        await asyncio.sleep(0)
+        for command in commands[::2]:
+            command.cancel()
+        answers = await asyncio.gather(*commands, return_exceptions=True)
+    assert answers[1::2] == [str(n).encode() for n in range(1, 50, 2)]
 
 
 async def test_while_valkey_is_away_the_local_share_decides_and_strict_buckets_get_less():

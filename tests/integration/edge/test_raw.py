@@ -75,6 +75,31 @@ async def test_an_answer_before_the_end_of_the_body_arrives(edge):
     assert answer.headers["connection"] == "close"
 
 
+async def test_what_a_service_sends_after_a_204_is_no_second_answer(edge):
+    token = edge.bearer()["authorization"]
+    head = f"PATCH /v1/files/bodiless HTTP/1.1\r\nHost: a\r\nAuthorization: {token}\r\n\r\n"
+    answer = await edge.raw(head.encode())
+    assert answer.startswith(b"HTTP/1.1 204 ")
+    assert answer.endswith(b"\r\n\r\n")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "status", "is_whole"),
+    [("5", 200, True), ("4", 200, False), ("6", 200, False), ("5, 5", 500, True)],
+)
+async def test_a_service_that_breaks_its_content_length_has_its_answer_broken_off(
+    edge, length, status, is_whole
+):
+    token = edge.bearer()["authorization"]
+    target = f"/v1/videos/v1/files/{length.replace(' ', '%20')}"
+    head = f"GET {target} HTTP/1.1\r\nHost: a\r\nAuthorization: {token}\r\n\r\n".encode()
+    # A second request would be answered on a connection that is still in order.
+    answer = await edge.raw(head, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert (b"ok\n" in answer) is is_whole
+    assert answer.startswith(b"HTTP/1.1 %d " % status) or not is_whole
+
+
 async def test_a_body_beyond_the_contracts_limit_is_413_before_any_call(edge):
     headers = {**edge.bearer(), "content-length": str(10737418241)}
     answer = await edge.raw(

@@ -7,7 +7,7 @@ import pytest
 from edge.deadlines import timeout_of
 from edge.exchange import Exchange, address_block
 from edge.http1 import Http1Request
-from edge.refusals import HttpRefusal, NotAcceptable
+from edge.refusals import ClientLeft, HttpRefusal, NotAcceptable
 from edge.streams import Ndjson, Sse, choose_framing, choose_media_type
 
 
@@ -52,6 +52,13 @@ def test_a_trace_context_is_kept_only_if_it_is_one():
     good = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     assert exchange_of((b"traceparent", good)).traceparent == good.decode()
     assert exchange_of((b"traceparent", good + b"; admin=1")).traceparent == ""
+
+
+async def test_a_call_that_nobody_waits_for_any_more_is_not_begun():
+    exchange = exchange_of()
+    exchange.request.leave()
+    with pytest.raises(ClientLeft):
+        exchange.cancel_when_client_leaves()
 
 
 @pytest.mark.parametrize(
