@@ -52,7 +52,8 @@ class Library:
     def received(self) -> Any:
         """The only request that came since."""
         [call] = self.echo.received
-        return self.methods[call.path].input.FromString(call.request)
+        [request] = call.requests
+        return self.methods[call.path].input.FromString(request)
 
 
 @pytest.fixture(scope="module")
