@@ -247,7 +247,7 @@ class Http1Request:
         """Wait while the client reads slower than the answer is written.
 
         Raises:
-            ClientLeft: it is gone, or read nothing for WRITE_TIMEOUT_S.
+            ClientLeft: it is gone; who reads nothing for WRITE_TIMEOUT_S is held to be.
         """
         if self.has_left:
             raise ClientLeft
@@ -340,8 +340,10 @@ class Http1Connection(asyncio.Protocol):
         self._body_bytes = 0  # of the same body, without its chunk framing
         self._head_since_s = 0.0  # 0 outside a head
         self._idle_since_s = 0.0  # 0 while a request is under way
-        self._closing_since_s = 0.0  # 0 while open
+        self._unread_bytes = 0  # that the client had still to read when last looked at
+        self._unread_since_s = 0.0  # when that number was another
         self._refusal: _Refused | None = None
+        self._last_word: _Refused | None = None  # to be said when those before are answered
         self._is_read_paused = False
         self._writable: asyncio.Event | None = None  # while the transport is full
 
@@ -379,10 +381,8 @@ class Http1Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse; what cannot be parsed gets one problem document and a closed connection."""
-        if self._transport is None or self._transport.is_closing():
+        if self._transport is None or self._transport.is_closing() or self._last_word is not None:
             return
-        if self._is_in_head and not self._head_since_s:
-            self._head_since_s = self._loop.time()
         self._is_same_head = self._is_in_head
         self._data_bytes = len(data)
         try:
@@ -391,8 +391,9 @@ class Http1Connection(asyncio.Protocol):
         except httptools.HttpParserUpgrade:
             # The upgrade is declined by answering in HTTP/1.1 (RFC 9110 §7.8); bytes in
             # the other protocol may follow, so this is the connection's last request.
-            if self._current is not None:
-                self._current.keeps_alive = False
+            newest = self._pipeline[-1] if self._pipeline else self._current
+            if newest is not None:
+                newest.keeps_alive = False
         except httptools.HttpParserInvalidMethodError:
             self._refuse(_Refused(501, "This server does not know the method."))
         except (httptools.HttpParserError, _Refused):
@@ -407,10 +408,13 @@ class Http1Connection(asyncio.Protocol):
         writable, self._writable = self._writable, None
         if writable is not None:
             writable.set()
+        if self._current is None and self._transport is not None:
+            self._next()
 
     # httptools' callbacks
     def on_message_begin(self) -> None:
-        """A request has begun."""
+        """A request has begun; the first one's time runs since the connection was made."""
+        self._head_since_s = self._head_since_s or self._loop.time()
         self._target = b""
         self._headers = []
 
@@ -508,14 +512,22 @@ class Http1Connection(asyncio.Protocol):
         raise self._refusal
 
     def _refuse(self, refusal: _Refused) -> None:
-        """Answer if no other answer is under way, and close."""
-        current, transport = self._current, self._transport
-        assert transport is not None
-        is_free = current is None or not (current.is_answered or self._pipeline)
-        if current is not None:
-            current.leave()
-        if is_free:
-            transport.write(_problem(refusal))
+        """Answer the request at fault, in its turn, and close: those before it are innocent."""
+        faulty, current = self._request, self._current
+        if faulty is not None and faulty is current:
+            faulty.leave()
+            self._close_with(None if faulty.is_answered else refusal)
+            return
+        if faulty is not None:
+            self._pipeline.pop()  # its body was arriving, so it is the newest
+        self._last_word = refusal
+        self._pause_reading()
+        if current is None:
+            self._next()
+
+    def _close_with(self, refusal: _Refused | None) -> None:
+        if refusal is not None:
+            self.write(_problem(refusal))
         self.close()
 
     # Turns
@@ -531,19 +543,25 @@ class Http1Connection(asyncio.Protocol):
         self._current = None
         if not request.keeps_alive or not request.body_is_read:
             self.close()
+        else:
+            self._next()
+
+    def _next(self) -> None:
+        """The next request's turn; not before the client has read most of the last answer."""
+        if self._writable is not None and not self.is_stopping:
+            self._pause_reading()
         elif self._pipeline:
             self._begin(self._pipeline.popleft())
             self.resume_body()
+        elif self._last_word is not None or self.is_stopping:
+            self._close_with(self._last_word)
         else:
             self._idle_since_s = self._loop.time()
             self.resume_body()
-            if self.is_stopping:
-                self.close()
 
     def close(self) -> None:
         """Close when everything is written."""
         if self._transport is not None:
-            self._closing_since_s = self._loop.time()
             self._transport.close()
 
     def abort(self) -> None:
@@ -557,9 +575,9 @@ class Http1Connection(asyncio.Protocol):
             self.close()
 
     def check_time(self, now_s: float) -> None:
-        """End a head that takes too long, and a connection that is idle for too long."""
-        if self._closing_since_s and now_s - self._closing_since_s > WRITE_TIMEOUT_S:
-            self.abort()  # it never read the last answer
+        """End a head that takes too long, a connection that is idle, a client that never reads."""
+        if self._has_stalled(now_s):
+            self.abort()
         if self._transport is None or self._transport.is_closing() or self._is_read_paused:
             return
         limits = self._server.limits
@@ -569,6 +587,13 @@ class Http1Connection(asyncio.Protocol):
         elif is_idle and not self._head_since_s:
             self.close()
 
+    def _has_stalled(self, now_s: float) -> bool:
+        """Whether the client has long read nothing of what waits for it."""
+        unread_bytes = 0 if self._transport is None else self._transport.get_write_buffer_size()
+        if unread_bytes != self._unread_bytes:
+            self._unread_bytes, self._unread_since_s = unread_bytes, now_s
+        return unread_bytes > 0 and now_s - self._unread_since_s > WRITE_TIMEOUT_S
+
     # Flow
     def write(self, data: bytes) -> None:
         """Send bytes; after the connection is gone they are dropped."""
@@ -577,20 +602,15 @@ class Http1Connection(asyncio.Protocol):
 
     async def drained(self) -> None:
         """See Http1Request.drained."""
-        if self._writable is None:
-            return
-        try:
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await self._writable.wait()
-        except TimeoutError as error:
-            self.abort()
-            raise ClientLeft from error
+        if self._writable is not None:
+            await self._writable.wait()  # `check_time` ends it
         if self._transport is None:
             raise ClientLeft
 
     def resume_body(self) -> None:
         """Read on, once there is room for more of a body and no request waits."""
-        if self._is_read_paused and not self._pipeline and self._transport is not None:
+        must_wait = self._pipeline or self._last_word is not None
+        if self._is_read_paused and not must_wait and self._transport is not None:
             self._is_read_paused = False
             if self._head_since_s:
                 self._head_since_s = self._loop.time()

@@ -5,10 +5,15 @@ import gc
 import json
 import re
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
+from edge import http1
 from edge.config import EdgeConfig
+from edge.http1 import ConnectionLimits, Http1Request, Server
 from tests.integration.edge.behind import KNOWN
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"
@@ -131,6 +136,101 @@ async def test_ten_thousand_pipelined_requests_are_answered_in_part_and_closed(e
 async def test_a_few_pipelined_requests_are_answered_in_order(edge):
     answer = await edge.raw(SMUGGLED + b"GET /nothing HTTP/1.1\r\nHost: a\r\n\r\n" + SMUGGLED)
     assert statuses(answer) == [200, 404, 200]
+
+
+def slow(edge) -> bytes:
+    """A request that is answered after a while, with 504."""
+    token = edge.bearer()["authorization"]
+    head = f"GET /v1/accounts/slow HTTP/1.1\r\nHost: a\r\nAuthorization: {token}\r\n"
+    return f"{head}Grpc-Timeout: 200m\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("then", "expected"),
+    [
+        (b"\0\r\n\r\n", [504, 501]),
+        (CHUNKED + b"zz\r\n", [504, 400]),
+        (SMUGGLED + CHUNKED + b"zz\r\n", [504, 200, 400]),
+        (b"GET / HTTP/2.0\r\nHost: a\r\n\r\n", [504, 505]),
+    ],
+    ids=["no request", "broken body", "broken third", "version"],
+)
+async def test_a_bad_request_is_refused_in_its_turn_and_not_in_anothers(edge, then, expected):
+    assert statuses(await edge.raw(slow(edge) + then)) == expected
+    assert statuses(await edge.raw(slow(edge), then)) == expected
+
+
+async def test_nothing_after_connection_close_is_answered(edge):
+    last = GET + b"Connection: close\r\n\r\n"
+    assert statuses(await edge.raw(last + SMUGGLED)) == [200]
+
+
+async def test_half_a_head_behind_a_slow_request_does_not_cost_its_answer(start_edge):
+    async with start_edge(EdgeConfig(head_timeout_s=0.1, drain_s=1.0)) as edge:
+        assert statuses(await edge.raw(slow(edge) + GET, silence_s=3)) == [504, 408]
+
+
+async def test_an_upgrade_behind_another_request_is_answered_as_well(edge):
+    upgrade = GET + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    assert statuses(await edge.raw(SMUGGLED + upgrade + SMUGGLED)) == [200, 200]
+
+
+async def test_a_refusal_is_not_followed_by_100_continue(edge):
+    head = b"POST /v1/accounts HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n"
+    answer = await edge.raw(head + b"Expect: 100-continue\r\n\r\n")
+    assert statuses(answer) == [401]
+
+
+async def test_a_fault_outside_the_apps_boundary_ends_the_connection(start_edge, monkeypatch):
+    async with start_edge() as edge:
+        with monkeypatch.context() as patch:
+            patch.setattr(edge.app, "_serve", None)
+            before = time.monotonic()
+            assert await edge.raw(SMUGGLED, silence_s=5) == b""
+            assert time.monotonic() - before < 4  # closed, not silent
+        assert (await edge.client.get("/healthz")).status_code == 200
+
+
+@asynccontextmanager
+async def answering_at_once(body: bytes) -> AsyncIterator[tuple[Server, list[Http1Request], int]]:
+    """A server whose every answer is the body; the requests that it began, and its port."""
+    begun: list[Http1Request] = []
+
+    def serve(request: Http1Request) -> None:
+        begun.append(request)
+        head = request.begin(200, [(b"content-length", b"%d" % len(body))], b"")
+        loop.call_soon(partial(request.write, head, body, is_last=True))
+
+    loop = asyncio.get_running_loop()
+    server = Server(serve, ConnectionLimits(10.0, 10.0, 100))
+    async with await loop.create_server(server.connection, "127.0.0.1", 0) as listening:
+        yield server, begun, listening.sockets[0].getsockname()[1]
+
+
+async def test_a_client_that_reads_no_answers_is_served_no_further_until_it_does():
+    async with answering_at_once(b"x" * 1_000_000) as (_, begun, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        # So long that no one read brings more of them than may wait.
+        writer.write((GET + b"A: %b\r\n\r\n" % (b"x" * 20_000)) * 100)
+        await asyncio.sleep(0.3)
+        assert len(begun) < 30  # what the sockets' buffers hold
+        async with asyncio.timeout(10):
+            await reader.readexactly(100_000_000)
+        assert len(begun) == 100
+        writer.close()
+
+
+async def test_a_client_that_never_reads_its_answers_is_cut_off(monkeypatch):
+    monkeypatch.setattr(http1, "WRITE_TIMEOUT_S", 0.1)
+    async with answering_at_once(b"x" * 10_000_000) as (server, begun, port):
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+        writer.write(SMUGGLED * 3)
+        async with asyncio.timeout(5):
+            while not begun or server.connections:
+                server.sweep()
+                await asyncio.sleep(0.05)
+        assert not server.limits.open_by_address
+        writer.close()
 
 
 async def test_an_upgrade_is_declined_by_answering(edge):
