@@ -18,8 +18,7 @@ from random import getrandbits
 from typing import Any, NoReturn, TypeAlias, cast
 
 import grpc
-import protovalidate
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from shared import deadline, log
 from shared.errors import (
@@ -31,7 +30,6 @@ from shared.errors import (
     TenfoldError,
     Unauthenticated,
     Unavailable,
-    Violation,
 )
 from shared.identity import (
     IDENTITY_METADATA_KEY,
@@ -43,6 +41,7 @@ from shared.identity import (
 from shared.rpc.context import REPLAYED_METADATA, REQUEST_ID_KEY, Context, current_call
 from shared.rpc.policy import REQUEST_ID_FIELD, Access, Idempotency, MethodPolicy
 from shared.rpc.status import status_of
+from shared.rpc.validation import RequestReader
 
 REQUEST_ID_CHARACTERS_MAX = 128
 IDEMPOTENCY_KEY = "idempotency-key"
@@ -55,8 +54,6 @@ STREAMS_MAX = 2000
 OVERLOADED_RETRY_AFTER_S = 0.5
 
 _logger = log.get_logger("rpc")
-# One for all: it compiles the rules of a message type at its first use, about 10 ms.
-_validator = protovalidate.Validator()
 
 # Which callers each access admits; beside this, all scopes are needed.
 _ADMITTED: Mapping[Access, frozenset[PrincipalKind]] = {
@@ -145,7 +142,8 @@ class _Guarded:
         self._policy = policy
         self._limiter = chain.streams if policy.is_stream else chain.calls
         self._behaviour = _behaviour_of(handler)
-        self._parse: Callable[[bytes], Message] = handler.request_deserializer or _no_codec
+        assert handler.request_deserializer is not None  # generated code has one
+        self._reader = RequestReader(handler.request_deserializer)
         self._serialize: Callable[[Any], bytes] = handler.response_serializer or _no_codec
         self._needs_key = policy.idempotency is Idempotency.KEYED
         self._admitted = _ADMITTED[policy.access]
@@ -276,26 +274,16 @@ class _Guarded:
                 raise DeadlineExceeded("the stream's next message did not come") from error
             if raw is grpc.aio.EOF:
                 return
-            yield self._message_of(raw)
+            yield self._reader.read(raw)
 
     def _request_of(self, raw: bytes, call: Context) -> Message:
-        request = self._message_of(raw)
+        request = self._reader.read(raw)
         call.idempotency_key = self._key_of(request, call)
         for name, scope in self._policy.principal_fields:
             value = getattr(request, name)
             if value and value != call.principal.subject and not call.principal.may(scope):
                 raise PermissionDenied(f"{name} must name the caller")
         return request
-
-    def _message_of(self, raw: bytes) -> Message:
-        try:
-            message = self._parse(raw)
-        except DecodeError as error:
-            raise InvalidRequest("the request message is malformed") from error
-        violations = _validator.collect_violations(message)
-        if violations:
-            raise _invalid(violations)
-        return message
 
     def _key_of(self, request: Message | None, call: Context) -> str:
         # A client stream is asked for its key before its first message is there.
@@ -447,24 +435,3 @@ def _refusal_of_cancel(error: asyncio.CancelledError, call: Context) -> TenfoldE
     # A handler raised it by itself; unanswered, the caller would hang until its deadline.
     _logger.error("a cancellation escaped from a handler", method=call.method, exc_info=error)
     return Unavailable("the call was cut short; the outcome is unknown")
-
-
-def _invalid(violations: Sequence[protovalidate.Violation]) -> InvalidRequest:
-    found = [Violation(_path_of(v), _description_of(v)) for v in violations]
-    first = found[0]
-    return InvalidRequest(f"{first.field}: {first.description}", violations=found)
-
-
-def _path_of(violation: protovalidate.Violation) -> str:
-    """The field in proto names: "entries[0].amount"."""
-    path, field_path = "", violation.proto.field
-    for element in field_path.elements if field_path else ():
-        path += ("." if path else "") + element.field_name
-        subscript = element.subscript
-        if subscript is not None:
-            path += f"[{subscript.value!r}]"
-    return path
-
-
-def _description_of(violation: protovalidate.Violation) -> str:
-    return violation.proto.message or violation.proto.rule_id
