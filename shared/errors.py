@@ -14,6 +14,7 @@
     ├── retry
     │   ├── Aborted               lost a race; the same request may pass
     │   ├── Unavailable           a part is down; the outcome may be unknown
+    │   │   └── Unreachable       the server itself: nobody there has put it into words
     │   └── DeadlineExceeded      the time was spent; the outcome may be unknown
     └── give up
         ├── Unimplemented         no such method
@@ -133,6 +134,14 @@ class Unavailable(TenfoldError):
     """A part that is needed does not answer."""
 
     reason = "UNAVAILABLE"
+
+
+class Unreachable(Unavailable):
+    """No server answered, or one without a word of its own.
+
+    An Unavailable with details comes from a service that is alive and misses something, such as
+    one shard of its data: what else is asked of it may well be answered.
+    """
 
 
 class DeadlineExceeded(TenfoldError):

@@ -1,7 +1,8 @@
 """The addresses of one target, and a connection to each.
 
 Names are resolved again every while and after every loss. Calls go around over the connections
-that serve (gRPC's round robin, with the health checks of gRFC A17).
+that serve (gRPC's round robin, with the health checks of gRFC A17), but for addresses that only
+fail (its outlier detection, gRFC A50): those wait, and are tried with one call at a time.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1.health_pb2 import HealthCheckResponse  # type: ignore[import-untyped]
 
 from shared import log
+from shared.rpc.breaker import Breaker, BreakerLimits
 from shared.rpc.call import Call, ConnectionLost
 from shared.rpc.header_block import Headers
 from shared.rpc.http2 import Http2Connection
@@ -28,6 +30,9 @@ RECONNECT_MIN_S, RECONNECT_MAX_S = 0.1, 2.0
 # A name may get new addresses while the old ones still answer.
 RESOLVE_S = 30.0
 HEALTH_RETRY_S = 1.0
+# When an address is left out. Never more than half of them are: what ails more than half is
+# no fault of an address, and the others could not carry it.
+OUTLIER_LIMITS = BreakerLimits(in_a_row=5, open_s=1.0, open_max_s=30.0)
 
 HEALTH_WATCH_PATH = "/grpc.health.v1.Health/Watch"
 _UNIMPLEMENTED = b"12"
@@ -70,6 +75,7 @@ class Endpoints:
             watch_block=watch_block,
             keepalive_s=keepalive_s,
             ping_timeout_s=ping_timeout_s,
+            may_eject=self._may_eject,
         )
         self._endpoints: list[Endpoint] = []
         self._leaving: list[Endpoint] = []
@@ -92,14 +98,31 @@ class Endpoints:
         return sum(c.calls_max - c.calls_in_flight for c in connections if c.has_capacity)
 
     def pick(self) -> Http2Connection | None:
-        """The next serving connection with room, in turn."""
-        endpoints = self._endpoints
+        """The next serving connection with room, in turn.
+
+        Whoever makes a call on it notes with its breaker how that ends.
+        """
+        endpoints, is_any_left_out = self._endpoints, False
         for _ in endpoints:
             self._turn = (self._turn + 1) % len(endpoints)
             connection = endpoints[self._turn].connection
             if connection is not None and connection.has_capacity:
-                return connection
-        return None
+                breaker = connection.breaker
+                if breaker.is_closed or breaker.admits(time.monotonic()):
+                    return connection
+                is_any_left_out = True
+        return self._left_out() if is_any_left_out else None
+
+    def _left_out(self) -> Http2Connection | None:
+        """One that is ejected, if all others have gone since."""
+        connections = [e.connection for e in self._endpoints if e.connection is not None]
+        if any(connection.breaker.is_closed for connection in connections):
+            return None  # they are only full
+        return next((c for c in connections if c.has_capacity), None)
+
+    def _may_eject(self) -> bool:
+        ejected = sum(not endpoint.breaker.is_closed for endpoint in self._endpoints)
+        return ejected < len(self._endpoints) // 2
 
     def start(self) -> None:
         """Begin to connect, if that has not begun."""
@@ -164,10 +187,12 @@ class Endpoint:
     Args:
         address: host and port.
         on_change: told when calls may find something else here.
+        may_eject: whether there are enough others to leave this one out.
         host, tls, watch_block, keepalive_s, ping_timeout_s: see Endpoints.
 
     Attributes:
         connection: the one that takes calls, if any does.
+        breaker: how the calls to it went; outlives connections.
         is_down: whether it is known to take none.
     """
 
@@ -178,11 +203,13 @@ class Endpoint:
         host: str,
         tls: ssl.SSLContext | None,
         on_change: Callable[..., None],
+        may_eject: Callable[[], bool],
         watch_block: bytes,
         keepalive_s: float,
         ping_timeout_s: float,
     ) -> None:
         self.connection: Http2Connection | None = None
+        self.breaker = Breaker(OUTLIER_LIMITS, may_open=may_eject)
         self.is_down = False
         self._address = address
         self._host = host
@@ -250,6 +277,7 @@ class Endpoint:
             is_pinged_when_idle=bool(self._watch_block),
             keepalive_s=self._keepalive_s,
             ping_timeout_s=self._ping_timeout_s,
+            breaker=self.breaker,
         )
         self._open = [connection for connection in self._open if not connection.is_closed]
         try:

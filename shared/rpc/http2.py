@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from shared.rpc import frames
+from shared.rpc.breaker import Breaker
 from shared.rpc.call import (
     MESSAGE_BYTES_MAX,
     MESSAGE_HEAD,
@@ -98,8 +99,10 @@ class Http2Connection(asyncio.Protocol):
         on_change: called when it can take more calls than before, or none any more.
         is_pinged_when_idle: whether a silent connection without calls is tested, too.
         keepalive_s, ping_timeout_s: after how much silence to ping, and how long to wait.
+        breaker: of its address; None has one for itself.
 
     Attributes:
+        breaker: where whoever makes calls notes how they end.
         calls_max: how many calls may be under way.
         is_usable: whether calls may be started at all.
         has_begun: done when the server has sent its SETTINGS: only then does it speak HTTP/2.
@@ -114,7 +117,9 @@ class Http2Connection(asyncio.Protocol):
         is_pinged_when_idle: bool,
         keepalive_s: float,
         ping_timeout_s: float,
+        breaker: Breaker | None = None,
     ) -> None:
+        self.breaker = breaker or Breaker()
         self._on_change = on_change
         self._is_pinged_when_idle = is_pinged_when_idle
         self._keepalive_s = keepalive_s

@@ -1,7 +1,7 @@
 """When a failed call is made again: how often, how soon, and under which budget.
 
-Source: gRFC A6. In one point we go further: a unary answer that failed after its headers may be
-retried, too, since nobody has seen anything of it.
+Source: gRFC A6, but for the budget. In one point we go further: a unary answer that failed after
+its headers may be retried, too, since nobody has seen anything of it.
 """
 
 import random
@@ -12,31 +12,56 @@ RETRY_ATTEMPTS_MAX = 3
 RETRY_BACKOFF_S, RETRY_BACKOFF_MAX_S = 0.05, 1.0
 # Attempts of a call that no server has looked at; each is on another connection or later.
 UNPROCESSED_MAX = 5
-# One budget per target: at most a tenth of the calls are retries once things go wrong.
-BUDGET_MAX, BUDGET_PER_SUCCESS = 100.0, 0.1
+# One budget per target: retries are at most a fifth of the calls of the last ten seconds, and
+# two a second beside them, so that a target with few calls is not left without any.
+BUDGET_SHARE, BUDGET_PER_S = 0.2, 2.0
+BUDGET_SLICES, BUDGET_SLICE_S = 10, 1.0
 
 _PUSHBACK_KEY = b"grpc-retry-pushback-ms"
 
 
 class RetryBudget:
-    """What the calls of one target may still spend on retries."""
+    """What the calls of one target may spend on retries.
+
+    Every call pays in a fifth of a retry, every retry takes out one, and both are forgotten
+    after ten seconds: a long quiet time saves up nothing that an outage could spend at once.
+
+    Source: RetryBudget of Finagle, which Linkerd uses, too; their shares and windows.
+    """
 
     def __init__(self) -> None:
-        self._points = BUDGET_MAX
+        self._slices = [0.0] * BUDGET_SLICES  # of the last seconds: paid in, less taken out
+        self._balance = BUDGET_PER_S * BUDGET_SLICES * BUDGET_SLICE_S
+        self._slice = 0  # number of the current one since the clock's beginning
 
-    @property
-    def allows_retries(self) -> bool:
-        """Whether enough of the last calls went well."""
-        return self._points > BUDGET_MAX / 2
+    def note_call(self, now_s: float) -> None:
+        """A call begins; its retries do not count.
 
-    def note_success(self) -> None:
-        """A call was answered."""
-        if self._points < BUDGET_MAX:
-            self._points = min(BUDGET_MAX, self._points + BUDGET_PER_SUCCESS)
+        Args:
+            now_s: on time.monotonic().
+        """
+        if now_s // BUDGET_SLICE_S != self._slice:
+            self._forget(int(now_s // BUDGET_SLICE_S))
+        self._slices[self._slice % BUDGET_SLICES] += BUDGET_SHARE
+        self._balance += BUDGET_SHARE
 
-    def note_failure(self) -> None:
-        """An attempt found nobody, whether it may be retried or not."""
-        self._points = max(0.0, self._points - 1)
+    def spend(self, now_s: float) -> bool:
+        """Take one retry out, if there is one."""
+        if now_s // BUDGET_SLICE_S != self._slice:
+            self._forget(int(now_s // BUDGET_SLICE_S))
+        if self._balance < 1:
+            return False
+        self._slices[self._slice % BUDGET_SLICES] -= 1
+        self._balance -= 1
+        return True
+
+    def _forget(self, current: int) -> None:
+        """Go on to another slice: what is older than all of them counts no longer."""
+        for number in range(self._slice + 1, min(current, self._slice + BUDGET_SLICES) + 1):
+            self._slices[number % BUDGET_SLICES] = 0.0
+        self._slice = current
+        reserve = BUDGET_PER_S * BUDGET_SLICES * BUDGET_SLICE_S
+        self._balance = reserve + sum(self._slices)  # anew: no error of rounding adds up
 
 
 def backoff_s(attempt: int) -> float:

@@ -140,6 +140,8 @@ def error_of(code: grpc.StatusCode, message: str, details: bytes | None) -> Tenf
         # The core says the same code without a word when it is full; others mean quotas by it.
         is_quota = parsed.is_quota or parsed.is_foreign
         kind = errors.QuotaExceeded if is_quota else errors.Overloaded
+    if kind is errors.Unavailable and not details:
+        kind = errors.Unreachable
     kind = _BY_REASON.get(parsed.reason, kind)
     text = parsed.message or _text_of_core(code, message)
     if issubclass(kind, InvalidRequest):

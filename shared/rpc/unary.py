@@ -1,7 +1,7 @@
 """Unary calls to one target: over our own HTTP/2, with what gRPC promises of a channel.
 
 A call that no server has looked at is made again, whatever it does; one that failed with
-UNAVAILABLE only where the contract says retry_safe, and under a budget (gRFC A6). Streams go
+UNAVAILABLE only where the contract says retry_safe, and under a budget. Streams go
 through `shared.rpc.client`.
 """
 
@@ -15,8 +15,16 @@ from urllib.parse import unquote
 import grpc
 
 from shared import log
-from shared.errors import DeadlineExceeded, Internal, Overloaded, TenfoldError, Unavailable
+from shared.errors import (
+    DeadlineExceeded,
+    Internal,
+    Overloaded,
+    TenfoldError,
+    Unavailable,
+    Unreachable,
+)
 from shared.rpc import frames
+from shared.rpc.breaker import Breaker
 from shared.rpc.call import BadAnswer, Call, DeadlinePassed, NoRoom, NotProcessed, StreamReset
 from shared.rpc.endpoints import HEALTH_WATCH_PATH, Endpoints
 from shared.rpc.header_block import (
@@ -43,9 +51,14 @@ KEEPALIVE_S, PING_TIMEOUT_S = 20.0, 5.0
 # Calls that may wait for a connection, or for a place on one.
 WAITING_MAX = 10_000
 OVERLOADED_RETRY_AFTER_S = 0.5
+UNREACHABLE_RETRY_AFTER_S = 1.0
+# A call that had so much of the time that its contract gives by default, and got no answer,
+# says something of the server; one in a hurry does not.
+PATIENCE_SHARE = 0.9
 
 USER_AGENT = "tenfold-grpc/1"
 _DNS_SCHEME = "dns:///"
+_UNKNOWN = MethodPolicy("")
 
 # PROTOCOL-HTTP2 of gRPC, "Errors"; all other codes mean INTERNAL.
 _CODE_OF_RESET = {
@@ -149,29 +162,29 @@ class UnaryChannel:
             TenfoldError: what the server answered, or how the call failed.
             ValueError: metadata that cannot be sent.
         """
-        deadline_s = time.monotonic() + timeout_s
+        now_s = time.monotonic()
+        deadline_s = now_s + timeout_s
+        self._budget.note_call(now_s)
         block = self._blocks.get(path) or self._block_of(path)
         fields = b"".join([metadata_field(name, value) for name, value in metadata])
         attempts = unprocessed = 0
         while True:
-            call = _UnaryCall(self._loop.create_future(), deadline_s)
+            call = _UnaryCall(self._loop.create_future(), deadline_s, path, timeout_s)
             try:
-                answer = await self._attempt(call, block, fields, message)
+                return await self._attempt(call, block, fields, message)
             except NotProcessed as error:
                 unprocessed += 1
-                if unprocessed >= UNPROCESSED_MAX:
-                    raise _unavailable() from error
                 # The first time it is bad luck, such as a server that just goes.
+                is_over = unprocessed >= UNPROCESSED_MAX
+                if is_over or (unprocessed > 1 and not self._budget.spend(time.monotonic())):
+                    raise _unreachable() from error
                 pause_s = backoff_s(unprocessed - 1) if unprocessed > 1 else 0.0
             except Unavailable:
                 attempts += 1
                 retry_s = self._retry_after_s(path, attempts, call)
-                if retry_s is None or time.monotonic() + retry_s >= deadline_s:
+                if retry_s is None:
                     raise
                 pause_s = retry_s
-            else:
-                self._budget.note_success()
-                return answer
             await asyncio.sleep(pause_s)
             if attempts:
                 fields += field(b"grpc-previous-rpc-attempts", b"%d" % attempts)
@@ -189,18 +202,44 @@ class UnaryChannel:
         connection = None if self._waiting else self._endpoints.pick()
         if connection is None:
             connection = await self._place(call.deadline_s)
+        breaker, round_ = connection.breaker, connection.breaker.round
         try:
             left_s = call.deadline_s - time.monotonic()
             if left_s <= 0:
                 raise _too_late()
             connection.start(call, block + timeout_field(left_s) + fields, message)
-            return await call.answer
+            answer = await call.answer
         except asyncio.CancelledError:
             connection.cancel(call)
+            breaker.note_nothing(round_)
+            raise
+        except (TenfoldError, NotProcessed) as error:
+            self._note_failure(call, error, breaker, round_)
             raise
         finally:
             if self._waiting:
                 self._wake_one()
+        breaker.note_success(round_)
+        return answer
+
+    def _note_failure(
+        self, call: "_UnaryCall", error: Exception, breaker: Breaker, round_: int
+    ) -> None:
+        """Tell failures that speak of the server from those that are its answers."""
+        if isinstance(error, NotProcessed):
+            breaker.note_nothing(round_)
+        elif isinstance(error.__cause__, DeadlinePassed):
+            policy = self._policies.get(call.path, _UNKNOWN)
+            if call.timeout_s >= PATIENCE_SHARE * policy.deadline_default_s:
+                breaker.note_failure(round_, time.monotonic())
+            else:
+                breaker.note_nothing(round_)
+        elif isinstance(error, Unreachable):
+            breaker.note_failure(round_, time.monotonic())
+        elif call.stream_id:
+            breaker.note_success(round_)
+        else:
+            breaker.note_nothing(round_)
 
     def _block_of(self, path: str) -> bytes:
         block = call_block(path, self._authority, USER_AGENT, is_encrypted=self._is_encrypted)
@@ -208,17 +247,16 @@ class UnaryChannel:
         return block
 
     def _retry_after_s(self, path: str, attempts: int, call: "_UnaryCall") -> float | None:
-        """When to make a failed call again; None if it may not be."""
-        self._budget.note_failure()
+        """When to make a failed call again; None if it may not be, or there is no time."""
         policy = self._policies.get(path)
         if policy is None or not policy.retry_safe or attempts >= RETRY_ATTEMPTS_MAX:
             return None
-        if not self._budget.allows_retries:
-            return None
         asked_s = pushback_s(call.trailing)
-        if asked_s is None:
-            return backoff_s(attempts)
-        return None if asked_s < 0 else asked_s
+        pause_s = backoff_s(attempts) if asked_s is None else asked_s
+        now_s = time.monotonic()
+        if pause_s < 0 or now_s + pause_s >= call.deadline_s or not self._budget.spend(now_s):
+            return None
+        return pause_s
 
     # Waiting
     async def _place(self, deadline_s: float) -> Http2Connection:
@@ -233,7 +271,7 @@ class UnaryChannel:
                 if connection is not None:
                     return connection
             if self._endpoints.is_down:
-                raise _unavailable()
+                raise _unreachable()
             await self._turn(deadline_s, is_first=was_woken)
             was_woken = True
 
@@ -276,11 +314,14 @@ class UnaryChannel:
 class _UnaryCall(Call):
     """Completes one future with a unary answer, or with why there is none."""
 
-    __slots__ = ("answer", "message", "trailing")
+    __slots__ = ("answer", "message", "path", "timeout_s", "trailing")
 
-    def __init__(self, answer: "asyncio.Future[Answer]", deadline_s: float) -> None:
+    def __init__(
+        self, answer: "asyncio.Future[Answer]", deadline_s: float, path: str, timeout_s: float
+    ) -> None:
         super().__init__(deadline_s)
         self.answer = answer
+        self.path, self.timeout_s = path, timeout_s
         self.message: bytes | None = None
         self.trailing: Headers = {}
 
@@ -334,7 +375,7 @@ def _error_of_failure(failure: Exception) -> Exception:
             "Too many large answers come at once.", retry_after_s=OVERLOADED_RETRY_AFTER_S
         )
     else:  # ConnectionLost
-        error = _unavailable()
+        error = _unreachable()
     error.__cause__ = failure
     return error
 
@@ -346,8 +387,10 @@ def _host_and_port(target: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _unavailable() -> Unavailable:
-    return Unavailable("a service that is needed does not answer")
+def _unreachable() -> Unreachable:
+    return Unreachable(
+        "a service that is needed does not answer", retry_after_s=UNREACHABLE_RETRY_AFTER_S
+    )
 
 
 def _too_late() -> DeadlineExceeded:

@@ -21,6 +21,7 @@ TABLE = {
     errors.Overloaded: (503, "RESOURCE_EXHAUSTED"),
     errors.Aborted: (409, "ABORTED"),
     errors.Unavailable: (503, "UNAVAILABLE"),
+    errors.Unreachable: (503, "UNAVAILABLE"),
     errors.DeadlineExceeded: (504, "DEADLINE_EXCEEDED"),
     errors.Unimplemented: (501, "UNIMPLEMENTED"),
     errors.Internal: (500, "INTERNAL"),

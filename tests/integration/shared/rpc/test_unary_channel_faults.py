@@ -5,16 +5,17 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from shared.errors import DeadlineExceeded, TenfoldError, Unavailable
+from shared.errors import DeadlineExceeded, TenfoldError, Unavailable, Unreachable
 from shared.rpc.engine import ENGINES
+from shared.rpc.policy import MethodPolicy
 from shared.rpc.unary import UnaryChannel
 from shared.signals import send_signal
 from tests.integration.shared.rpc.echo import CALL, KINDS, POLICIES, SAFE, child, serve, served
@@ -24,8 +25,10 @@ BODY = BytesValue(value=b"hi").SerializeToString()
 
 
 @asynccontextmanager
-async def channel_to(target: str, **options: Any) -> AsyncIterator[UnaryChannel]:
-    channel = UnaryChannel(target, POLICIES, **options)
+async def channel_to(
+    target: str, policies: Mapping[str, MethodPolicy] = POLICIES, **options: Any
+) -> AsyncIterator[UnaryChannel]:
+    channel = UnaryChannel(target, policies, **options)
     try:
         yield channel
     finally:
@@ -299,7 +302,61 @@ async def test_servers_that_are_killed_under_load_fail_no_call_that_may_be_retri
                 await load.go_on(300)
     assert [failure for failure in load.failed if failure[0] == SAFE] == []
     assert len(load.failed) <= 2 * CALLERS  # what was under way, twice
-    assert {type(error) for _, _, error in load.failed} <= {Unavailable}
+    assert {type(error) for _, _, error in load.failed} <= {Unreachable}
+
+
+async def test_a_frozen_address_is_left_out_while_it_is_frozen(
+    names: Names, free_port: int
+) -> None:
+    hasty = {path: replace(policy, deadline_default_s=0.25) for path, policy in POLICIES.items()}
+    addresses = [f"127.0.0.{number}:{free_port}" for number in (1, 2)]
+    async with (
+        child("grpcio", addresses[0]) as first,
+        child("grpcio", addresses[1]),
+        channel_to(f"pair.test:{free_port}", policies=hasty) as channel,
+    ):
+        await until_both(channel)
+        first.send_signal(signal.SIGSTOP)
+        failures, breakers = 0, [endpoint.breaker for endpoint in channel._endpoints._endpoints]
+        for _ in range(200):
+            try:
+                await call(channel, timeout_s=0.25)
+            except DeadlineExceeded:
+                failures += 1
+        # Five until it is left out, then the probes.
+        assert 5 <= failures < 15
+        assert sorted(breaker.is_closed for breaker in breakers) == [False, True]
+        first.send_signal(signal.SIGCONT)
+        async with asyncio.timeout(20):
+            while not all(breaker.is_closed for breaker in breakers):
+                await call(channel)
+
+
+async def test_of_an_address_that_is_alone_nothing_is_left_out(free_port: int) -> None:
+    address = f"127.0.0.1:{free_port}"
+    hasty = {path: replace(policy, deadline_default_s=0.1) for path, policy in POLICIES.items()}
+    async with child("grpcio", address) as process, channel_to(address, policies=hasty) as channel:
+        await call(channel)
+        process.send_signal(signal.SIGSTOP)
+        for _ in range(8):
+            with pytest.raises(DeadlineExceeded):
+                await call(channel, timeout_s=0.1)
+        process.send_signal(signal.SIGCONT)
+        assert await call(channel) == b"hi"
+
+
+async def test_an_outage_makes_few_retries(free_port: int) -> None:
+    async with (
+        served("stranger", f"127.0.0.1:{free_port}") as server,
+        channel_to(server.address) as channel,
+    ):
+        for number in range(200):
+            metadata = [("down", "9"), ("key", f"{number}")]
+            with pytest.raises(Unavailable):
+                await channel.call(SAFE, BODY, metadata=metadata, timeout_s=10)
+        attempts = len(server.echo.seen)
+    # A fifth, and what any channel has for each ten seconds.
+    assert 200 < attempts <= 200 * 1.2 + 2 * 20
 
 
 async def test_an_address_that_leaves_the_name_finishes_its_calls(

@@ -21,6 +21,7 @@ from shared.errors import (
     Unavailable,
     Unimplemented,
     Unknown,
+    Unreachable,
 )
 from shared.rpc import frames, http2
 from shared.rpc.header_block import field
@@ -343,7 +344,7 @@ async def test_a_wrong_answer_fails_no_other_call() -> None:
 async def test_a_storm_of_resets_ends_every_call_once_and_not_the_channel() -> None:
     async with hostile(says(reset(frames.REFUSED_STREAM))) as (server, channel):
         results = await asyncio.gather(*(call(channel) for _ in range(500)), return_exceptions=True)
-        assert {type(result) for result in results} == {Unavailable}
+        assert {type(result) for result in results} == {Unreachable}
         assert server.requests <= 500 * 5  # a few attempts each, not for ever
         await assert_it_goes_on(server, channel)
 

@@ -7,29 +7,49 @@ from hypothesis import strategies as st
 from shared.rpc import retries
 from shared.rpc.retries import RetryBudget, backoff_s, pushback_s
 
+RESERVE = round(retries.BUDGET_PER_S * retries.BUDGET_SLICES * retries.BUDGET_SLICE_S)
 
-def test_half_a_budget_of_failures_ends_retries_and_successes_bring_them_back() -> None:
+
+def spent(budget: RetryBudget, now_s: float, tries: int = 1000) -> int:
+    """How many retries of so many are allowed."""
+    return sum(budget.spend(now_s) for _ in range(tries))
+
+
+def test_without_calls_a_few_retries_are_allowed_and_come_back_with_time() -> None:
     budget = RetryBudget()
-    for _ in range(49):
-        budget.note_failure()
-    assert budget.allows_retries
-    budget.note_failure()
-    assert not budget.allows_retries
-    for _ in range(10):
-        budget.note_success()
-    assert budget.allows_retries
+    assert spent(budget, 100.0) == RESERVE
+    assert spent(budget, 105.0) == 0
+    assert spent(budget, 111.0) == RESERVE
 
 
-@given(st.lists(st.booleans(), max_size=2000))
-def test_in_the_long_run_a_retry_costs_ten_successes(outcomes: list[bool]) -> None:
-    budget, retried = RetryBudget(), 0
-    for is_good in outcomes:
-        if is_good:
-            budget.note_success()
-        else:
-            budget.note_failure()
-            retried += budget.allows_retries
-    assert retried <= retries.BUDGET_MAX / 2 + sum(outcomes) * retries.BUDGET_PER_SUCCESS
+def test_a_fifth_of_the_calls_may_be_retries_for_as_long_as_they_are_recent() -> None:
+    budget = RetryBudget()
+    for _ in range(500):
+        budget.note_call(100.0)
+    assert spent(budget, 109.0) == RESERVE + 100
+    for _ in range(500):
+        budget.note_call(110.0)
+    assert spent(budget, 130.0) == RESERVE
+
+
+@given(st.lists(st.tuples(st.floats(0, 3), st.integers(0, 30), st.integers(0, 30))))
+def test_in_no_ten_seconds_are_there_more_retries_than_a_fifth_and_the_reserve(
+    steps: list[tuple[float, int, int]],
+) -> None:
+    budget, now_s = RetryBudget(), 0.0
+    calls: list[int] = []  # the second of each
+    retried: list[int] = []
+    for pause_s, call_count, try_count in steps:
+        now_s += pause_s
+        for _ in range(call_count):
+            budget.note_call(now_s)
+            calls.append(int(now_s))
+        new = spent(budget, now_s, try_count)
+        retried += [int(now_s)] * new
+        first = int(now_s) - retries.BUDGET_SLICES + 1
+        recent = sum(second >= first for second in calls)
+        share = retries.BUDGET_SHARE * recent
+        assert not new or sum(second >= first for second in retried) <= RESERVE + share + 1e-6
 
 
 def test_pauses_double_up_to_a_second_and_are_spread() -> None:
