@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,8 +12,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from deploy.local import servers
+from deploy.local import postgres, servers
 from deploy.local.address import free_addresses
+from tests.databases import PostgresServer
 from tests.fakes import ManualClock
 from tests.mesh import ROOT, Mesh, running_mesh, running_program
 
@@ -54,6 +57,21 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     program = servers.valkey_program(folder, address, token=token, environ=os.environ)
     with running_program(program, folder):
         yield servers.valkey_url(address, token)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A real Postgres, shared by the run: each test makes databases of its own in it."""
+    # Not below pytest's own folder, which is closed to the user that Postgres runs as.
+    folder, [address] = Path(tempfile.mkdtemp(prefix="tenfold-postgres-")), free_addresses(1)
+    folder.chmod(0o711)
+    try:
+        site = postgres.open_site(folder, os.environ, is_durable=False)
+        postgres.make_primary(site)
+        with running_program(postgres.postgres_program(site, address), folder):
+            yield PostgresServer(site, address)
+    finally:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

@@ -254,14 +254,15 @@ def running_mesh(
 @contextmanager
 def running_program(program: Program, logs: Path) -> Iterator[None]:
     """One server, ready; it ends with the block, and with this process."""
-    command = [sys.executable, "-I", "-S", str(WRAPPER), str(os.getpid()), "-", *program.argv]
+    command = [sys.executable, "-I", "-S", str(WRAPPER), str(os.getpid()), program.user]
+    command += program.argv
     with (logs / f"{program.name}.log").open("ab") as log:
         process = subprocess.Popen(command, env=dict(program.environment), stdout=log, stderr=log)
     try:
         poll_until(lambda: _is_ready(program, process), timeout_s=30, what=program.name)
         yield
     finally:
-        process.terminate()
+        process.send_signal(program.stop_signal)
         try:
             process.wait(program.stop_timeout_s)
         except subprocess.TimeoutExpired:

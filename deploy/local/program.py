@@ -1,6 +1,7 @@
 """One program of the mesh: how it is started, when it is ready, how long it may take to stop."""
 
 import asyncio
+import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ class Program:
         address: where it listens, for the operator.
         is_ready: asked again and again until it says so.
         stop_rank: the lowest is stopped first; equals stop together.
-        stop_timeout_s: after SIGTERM, until SIGKILL.
+        stop_timeout_s: after stop_signal, until SIGKILL.
+        stop_signal: asks it to stop.
+        user: who it runs as: "-" for who we are, or "UID:GID" (child.py).
     """
 
     name: str
@@ -34,6 +37,8 @@ class Program:
     is_ready: Probe
     stop_rank: int = 0
     stop_timeout_s: float = 5.0
+    stop_signal: signal.Signals = signal.SIGTERM
+    user: str = "-"
 
 
 def answers(address: Address, *, send: bytes = b"", expect: bytes) -> Probe:

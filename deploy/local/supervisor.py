@@ -129,11 +129,12 @@ class Supervisor:
 
     async def _spawn(self, child: Child) -> None:
         program = child.program
-        command = [sys.executable, "-I", "-S", str(WRAPPER), str(os.getpid()), "-", *program.argv]
+        command = [sys.executable, "-I", "-S", str(WRAPPER), str(os.getpid()), program.user]
         with _open_log(self._logs / f"{program.name}.log") as log:
             child.log_offset = log.tell()
             child.process = await asyncio.create_subprocess_exec(
                 *command,
+                *program.argv,
                 env=self._environment_of(child),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -222,7 +223,7 @@ class Supervisor:
         process = child.process
         if process is None:
             return
-        send_signal(process, signal.SIGTERM)
+        send_signal(process, child.program.stop_signal)
         try:
             await asyncio.wait_for(process.wait(), child.program.stop_timeout_s)
         except TimeoutError:

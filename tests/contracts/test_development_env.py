@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Read by the launcher and by crash points: no config class has them.
 OTHERS = {
     binaries.NATS_SETTING,
+    binaries.POSTGRES_SETTING,
     binaries.VALKEY_SETTING,
     CRASH_POINT_VARIABLE,
     CRASH_JOURNAL_VARIABLE,

@@ -1,0 +1,318 @@
+"""A Postgres server and its streaming replicas as programs, run by an unprivileged user.
+
+A site is one server's place on this machine: two passwords, and one data folder for each
+node. Whether a node is a replica is told by its own folder (standby.signal), so a promoted
+replica comes back as the primary that it has become.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import asyncpg
+
+from deploy.local import binaries
+from deploy.local.address import Address
+from deploy.local.data_folder import write_private
+from deploy.local.errors import LaunchError
+from deploy.local.program import Program, answers
+from deploy.local.servers import STOP_RANK
+from deploy.local.supervisor import WRAPPER
+from deploy.local.unprivileged import (
+    User,
+    give_to,
+    make_private_folder,
+    reachable_copy,
+    reachable_folder,
+    unprivileged_user,
+)
+
+PRIMARY = "primary"
+ADMIN = "postgres"
+"""The superuser: for the launcher and for replication."""
+
+OWNER = "tenfold"
+"""Who owns the databases and serves them; no superuser, or triggers could be got round."""
+
+MAKE_TIMEOUT_S = 120.0
+CONNECT_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 30.0
+
+CONFIG = """\
+# Written by the launcher at every start.
+listen_addresses = '{host}'
+port = {port}
+unix_socket_directories = ''
+max_connections = 200
+password_encryption = scram-sha-256
+# No time zone files are needed for this one.
+timezone = 'GMT'
+log_timezone = 'GMT'
+lc_messages = 'C'
+shared_buffers = 64MB
+max_wal_size = 512MB
+jit = off
+# Replication: any node may become the primary.
+wal_level = replica
+max_wal_senders = 10
+max_replication_slots = 10
+max_slot_wal_keep_size = 2GB
+hot_standby = on
+# A client lost to a partition cannot hold a bucket.
+idle_in_transaction_session_timeout = 10s
+tcp_keepalives_idle = 10
+tcp_keepalives_interval = 5
+tcp_keepalives_count = 3
+client_connection_check_interval = 5s
+"""
+NOT_DURABLE = """\
+# For tests: a power cut may leave nothing that can be read.
+fsync = off
+full_page_writes = off
+"""
+REPLICA = """\
+primary_conninfo = '{source}'
+primary_slot_name = '{slot}'
+"""
+CLIENTS = """\
+# Written by the launcher at every start.
+host all all all scram-sha-256
+host replication postgres all scram-sha-256
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One server's place. Make it with open_site.
+
+    Attributes:
+        programs: the folder of postgres, initdb and pg_basebackup.
+        folder: holds the nodes' data folders and the passwords.
+        user: who runs them; None for us.
+        password: OWNER's.
+        admin_password: ADMIN's.
+        is_durable: whether a power cut loses no commit; only tests may do without.
+    """
+
+    programs: Path
+    folder: Path
+    user: User | None
+    password: str
+    admin_password: str
+    is_durable: bool
+
+    def data_of(self, node: str) -> Path:
+        """Where a node keeps its data."""
+        return self.folder / node
+
+    def dsn(self, address: Address, database: str) -> str:
+        """How a service reaches a database."""
+        return _dsn(OWNER, self.password, address, database)
+
+    def admin_dsn(self, address: Address, database: str = "postgres") -> str:
+        """How the launcher does."""
+        return _dsn(ADMIN, self.admin_password, address, database)
+
+
+def open_site(folder: Path, environ: Mapping[str, str], *, is_durable: bool = True) -> Site:
+    """Find a server's place, making it and its passwords at the first start. Blocking.
+
+    Args:
+        folder: where it should be; root's closed folders have a stand-in that Postgres reaches.
+        environ: TENFOLD_POSTGRES_BIN may name other programs.
+        is_durable: see Site.
+
+    Raises:
+        LaunchError: there are no programs, or nobody to run them.
+    """
+    user = unprivileged_user()
+    programs = binaries.postgres_folder(environ)
+    place = reachable_folder(folder.absolute(), user)
+    return Site(
+        programs=reachable_copy(programs.parent, user) / programs.name,
+        folder=place,
+        user=user,
+        password=_password(place / "password"),
+        admin_password=_password(place / "admin_password"),
+        is_durable=is_durable,
+    )
+
+
+def make_primary(site: Site) -> None:
+    """Make the data folder of a new server, unless it is there. Blocking; safe to repeat.
+
+    Raises:
+        LaunchError: initdb failed; the sentence has its last line.
+    """
+
+    def make(data: Path) -> None:
+        secret = site.folder / "initdb.password"
+        write_private(secret, site.admin_password.encode())
+        give_to(secret, site.user)
+        try:
+            _run(
+                site,
+                "initdb",
+                *("--pgdata", str(data), "--username", ADMIN, "--pwfile", str(secret)),
+                *("--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C"),
+                *(["--data-checksums"] if site.is_durable else ["--no-sync"]),
+            )
+        finally:
+            secret.unlink()
+
+    _make_data(site, PRIMARY, make)
+
+
+def make_replica(site: Site, node: str, primary: Address) -> None:
+    """Copy a running primary into a new replica's folder, unless it is there. Blocking.
+
+    Args:
+        site: the primary's.
+        node: lower-case letters, digits and underscores; also names its replication slot.
+        primary: where the primary answers.
+
+    Raises:
+        LaunchError: pg_basebackup failed; the sentence has its last line.
+    """
+
+    def make(data: Path) -> None:
+        _run(
+            site,
+            "pg_basebackup",
+            *("--pgdata", str(data), "--checkpoint", "fast", "--no-password"),
+            *("--host", primary.host, "--port", str(primary.port), "--username", ADMIN),
+            *([] if site.is_durable else ["--no-sync"]),
+        )
+        (data / "standby.signal").touch(mode=0o600)
+        give_to(data / "standby.signal", site.user)
+
+    _make_data(site, node, make)
+
+
+def postgres_program(
+    site: Site,
+    address: Address,
+    *,
+    node: str = PRIMARY,
+    name: str = "",
+    source: Address | None = None,
+) -> Program:
+    """A node as a program; writes its settings.
+
+    Args:
+        site: where its data is.
+        address: where it listens.
+        node: which of the site's.
+        name: what the supervisor calls it; the node's own name by default.
+        source: where the primary answers that a replica follows.
+    """
+    data = site.data_of(node)
+    settings = CONFIG.format(host=address.host, port=address.port)
+    if not site.is_durable:
+        settings += NOT_DURABLE
+    if source is not None:
+        settings += REPLICA.format(source=_conninfo(site, source, node), slot=node)
+    for file, text in (("postgresql.conf", settings), ("pg_hba.conf", CLIENTS)):
+        write_private(data / file, text.encode())
+        give_to(data / file, site.user)
+    return Program(
+        name=name or node,
+        argv=[str(site.programs / "postgres"), "-D", str(data)],
+        environment={"PATH": os.defpath, "LC_ALL": "C"},
+        address=address,
+        is_ready=answers(address, send=_hello(), expect=b"R\0\0\0"),
+        stop_rank=STOP_RANK,
+        stop_timeout_s=STOP_TIMEOUT_S,
+        # SIGTERM would wait for every client to leave; this ends them, and writes a checkpoint.
+        stop_signal=signal.SIGINT,
+        user=str(site.user or "-"),
+    )
+
+
+async def ensure_databases(
+    site: Site, primary: Address, databases: Sequence[str], *, replicas: Sequence[str] = ()
+) -> None:
+    """Make the owner, these databases and the replicas' slots, where they are missing.
+
+    Args:
+        site: the server's.
+        primary: where it answers.
+        databases: plain names.
+        replicas: the nodes that will follow it.
+    """
+    admin = await asyncpg.connect(site.admin_dsn(primary), timeout=CONNECT_TIMEOUT_S)
+    try:
+        if not await admin.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", OWNER):
+            await admin.execute(f"CREATE ROLE {OWNER} LOGIN")
+        # SCRAM keeps no password that could be read back: set again, it is surely ours.
+        await admin.execute(f"ALTER ROLE {OWNER} PASSWORD '{site.password}'")
+        for database in databases:
+            known = "SELECT 1 FROM pg_database WHERE datname = $1"
+            if not await admin.fetchval(known, database):
+                await admin.execute(f'CREATE DATABASE "{database}" OWNER {OWNER}')
+                await admin.execute(f'REVOKE ALL ON DATABASE "{database}" FROM PUBLIC')
+        for slot in replicas:
+            known = "SELECT 1 FROM pg_replication_slots WHERE slot_name = $1"
+            if not await admin.fetchval(known, slot):
+                await admin.fetchval("SELECT pg_create_physical_replication_slot($1, true)", slot)
+    finally:
+        await admin.close(timeout=CONNECT_TIMEOUT_S)
+
+
+def _make_data(site: Site, node: str, make: Callable[[Path], None]) -> None:
+    data, partial = site.data_of(node), site.folder / f"{node}.partial"
+    if data.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    make_private_folder(partial, site.user)
+    make(partial)
+    partial.rename(data)  # whole or not at all, however we end
+
+
+def _run(site: Site, program: str, *arguments: str) -> None:
+    command = [sys.executable, "-I", "-S", str(WRAPPER), str(os.getpid()), str(site.user or "-")]
+    command += [str(site.programs / program), *arguments]
+    done = subprocess.run(
+        command,
+        env={"PATH": os.defpath, "LC_ALL": "C", "PGPASSWORD": site.admin_password},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=MAKE_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise LaunchError(f"{program} failed: {lines[-1]}")
+
+
+def _password(path: Path) -> str:
+    if not path.exists():
+        write_private(path, secrets.token_hex(16).encode())
+    return path.read_text()
+
+
+def _dsn(user: str, password: str, address: Address, database: str) -> str:
+    return f"postgresql://{user}:{password}@{address}/{quote(database)}"
+
+
+def _conninfo(site: Site, address: Address, name: str) -> str:
+    return (
+        f"host={address.host} port={address.port} user={ADMIN} password={site.admin_password} "
+        f"dbname=postgres application_name={name} connect_timeout=5"
+    )
+
+
+def _hello() -> bytes:
+    """A start-up packet: a server that is ready asks for the password ("R")."""
+    body = struct.pack("!i", 196608) + f"user\0{OWNER}\0database\0postgres\0\0".encode()
+    return struct.pack("!i", len(body) + 4) + body
