@@ -11,11 +11,10 @@ are unknown fields unless the contract has them ignored. Extensions that the con
 are read and written under "[their.full.name]".
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, cast
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple
 
 import orjson
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
@@ -23,7 +22,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError, EncodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from edge import well_known
+from edge import straight_line, well_known
 from edge.contracts import ContractError
 from edge.fields import (
     AnyMessage,
@@ -35,10 +34,9 @@ from edge.fields import (
     may_not_parse,
 )
 from edge.ignored import Ignored
-from edge.json_text import InexactNumberError, Wrong, parse_json
+from edge.json_text import InexactNumberError, Wrong, parse_json, says_no_more
 from edge.scalars import (
     decode_string,
-    encode_map_key,
     map_key_decoder,
     scalar_decoder,
     scalar_encoder,
@@ -87,10 +85,16 @@ class MessageCodec:
     into: Into
     to_json: ToJson
 
-    def __init__(self, descriptor: Descriptor) -> None:
+    def __init__(self, descriptor: Descriptor, fillers: straight_line.Fillers) -> None:
         self.descriptor = descriptor
+        self._fillers = fillers
         self.message_class: type[Message] = GetMessageClass(descriptor)
         self.may_not_parse = may_not_parse(descriptor)
+
+    @cached_property
+    def reader(self) -> "JsonReader":
+        """Reads documents; ask for it at start, so that no request pays for compiling."""
+        return JsonReader(self.into, self._fillers.of(self.descriptor))
 
     def message_of_json(self, text: bytes) -> Message:
         """Read one JSON document.
@@ -99,7 +103,7 @@ class MessageCodec:
             Wrong: text is no JSON, or does not fit the message; its path names the field.
         """
         message = self.message_class()
-        read_json(self.into, message, text)
+        self.reader.read(message, text)
         if self.may_not_parse:
             require_parsable(message)
         return message
@@ -129,6 +133,7 @@ class Codecs:
         self._options = options or CodecOptions()
         self.ignored = Ignored()
         self._codecs: dict[tuple[str, int], MessageCodec] = {}
+        self._fillers = straight_line.Fillers(self.of)
 
     def of(self, descriptor: Descriptor, *, any_level: int = 0) -> MessageCodec:
         """The codec of a message type.
@@ -141,12 +146,12 @@ class Codecs:
         codec = self._codecs.get(key)
         if codec is None:
             # Known before it is complete, so that a recursive type finds itself.
-            codec = self._codecs[key] = MessageCodec(descriptor)
+            codec = self._codecs[key] = MessageCodec(descriptor, self._fillers)
             codec.into, codec.to_json = self._compile(descriptor, any_level)
         return codec
 
-    def value_of(self, field: FieldDescriptor) -> tuple[Setter, ToJson]:
-        """How one field is set from a JSON value, and its JSON value read from the message.
+    def value_of(self, field: FieldDescriptor) -> tuple["JsonReader", ToJson]:
+        """What fills one field from a document, and makes its JSON value from the message.
 
         For body and response_body, whose document is a field and not a message. A field that
         is not set is null, where its descriptor can tell.
@@ -160,7 +165,7 @@ class Codecs:
             value = getattr(message, name)
             return value if encode is None else encode(value)
 
-        return self._setter(field, 0), read
+        return JsonReader(self._setter(field, 0), self._fillers.of_field(field)), read
 
     def _compile(self, descriptor: Descriptor, any_level: int) -> tuple[Into, ToJson]:
         name = descriptor.full_name
@@ -340,30 +345,7 @@ class Codecs:
     def _object_encoder(self, descriptor: Descriptor, any_level: int) -> ToJson:
         if not self._options.emit_defaults:
             return self._sparse_encoder(descriptor, any_level)
-        plain = [field for field in descriptor.fields if not field.has_presence]
-        read_plain = _tuple_getter([field.name for field in plain])
-        plain_names = [self._name_of(field) for field in plain]
-        conversions = [
-            (self._name_of(field), encode)
-            for field in plain
-            if (encode := self._value_encoder(field, any_level)) is not None
-        ]
-        present = [
-            (field.name, self._name_of(field), self._value_encoder(field, any_level))
-            for field in descriptor.fields
-            if field.has_presence
-        ]
-
-        def to_json(message: AnyMessage) -> dict[str, Any]:
-            out = dict(zip(plain_names, read_plain(message), strict=True))
-            for json_name, encode in conversions:
-                out[json_name] = encode(out[json_name])
-            for name, json_name, maybe_encode in present:
-                if message.HasField(name):
-                    value = getattr(message, name)
-                    out[json_name] = value if maybe_encode is None else maybe_encode(value)
-            return out
-
+        to_json = straight_line.encoder(descriptor, self._name_of, self._codecs_at(any_level))
         return self._with_extensions(descriptor, any_level, to_json)
 
     def _with_extensions(self, descriptor: Descriptor, any_level: int, to_json: ToJson) -> ToJson:
@@ -410,7 +392,7 @@ class Codecs:
     def _value_encoder(self, field: FieldDescriptor, any_level: int) -> ToJson | None:
         """How the whole value of a field is written; None if orjson takes it as it is."""
         if is_map(field):
-            return self._map_encoder(field, any_level)
+            return straight_line.map_encoder(field, self._codecs_at(any_level))
         single = self._single_encoder(field, any_level)
         if not field.is_repeated:
             return single
@@ -427,16 +409,8 @@ class Codecs:
         # The codec may still be compiling (a recursive type): look its function up when called.
         return lambda message: codec.to_json(message)  # noqa: PLW0108
 
-    def _map_encoder(self, field: FieldDescriptor, any_level: int) -> ToJson:
-        encode = self._single_encoder(map_fields(field)[1], any_level)
-
-        def to_json(values: AnyMessage) -> dict[str, Any]:
-            # A map has no order of its own; sorted, equal messages have equal documents.
-            if encode is None:
-                return {encode_map_key(key): values[key] for key in sorted(values)}
-            return {encode_map_key(key): encode(values[key]) for key in sorted(values)}
-
-        return to_json
+    def _codecs_at(self, any_level: int) -> straight_line.CodecOf:
+        return partial(self.of, any_level=any_level)
 
     # --- Any
 
@@ -484,23 +458,43 @@ class Codecs:
         return into, to_json
 
 
-def read_json(into: Into, message: AnyMessage, text: bytes) -> JsonValue:
-    """Fill an empty message from one JSON document.
+class JsonReader(NamedTuple):
+    """Fills empty messages from documents: straight, or else the long way.
 
-    Returns:
-        The document, for whoever wants to know what it names.
-
-    Raises:
-        Wrong: text is no JSON, or does not fit.
+    Attributes:
+        into: takes any document, and says what is wrong with it.
+        fill: takes the usual document; None if there is no such thing.
     """
-    document = parse_json(text)
-    try:
-        into(message, document)
-    except InexactNumberError:
-        message.Clear()
-        document = parse_json(text, exact=True)
-        into(message, document)
-    return document
+
+    into: Into
+    fill: straight_line.Fill | None
+
+    def read(self, message: AnyMessage, text: bytes) -> JsonValue:
+        """Fill an empty message from one JSON document.
+
+        Returns:
+            The document, for whoever wants to know what it names.
+
+        Raises:
+            Wrong: text is no JSON, or does not fit.
+        """
+        if self.fill is not None:
+            try:
+                document = orjson.loads(text)
+                key_count = self.fill(message, document)
+            except (orjson.JSONDecodeError, Wrong, InexactNumberError):
+                key_count = straight_line.UNUSUAL
+            if key_count != straight_line.UNUSUAL and says_no_more(text, key_count):
+                return document
+            message.Clear()
+        document = parse_json(text)
+        try:
+            self.into(message, document)
+        except InexactNumberError:
+            message.Clear()
+            document = parse_json(text, exact=True)
+            self.into(message, document)
+        return document
 
 
 @lru_cache(maxsize=16)
@@ -636,10 +630,3 @@ def _repeated_scalar_setter(name: str, decode: Callable[[Any], Any]) -> Setter:
                 raise wrong.within(index) from None
 
     return set_scalars
-
-
-def _tuple_getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """Read these attributes at once; attrgetter alone returns no tuple for one name."""
-    if len(names) > 1:
-        return cast("Callable[[Any], tuple[Any, ...]]", operator.attrgetter(*names))
-    return lambda message: tuple(getattr(message, name) for name in names)

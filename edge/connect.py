@@ -25,7 +25,6 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from edge.binary import message_of_bytes
-from edge.codec import read_json
 from edge.exchange import Exchange
 from edge.fields import descriptor_of
 from edge.gzipped import compress, decompress, is_worth_compressing
@@ -107,7 +106,7 @@ class JsonCodec:
         plan = plan_of(route)
         try:
             message = plan.request.message_class()
-            read_json(plan.request.into, message, data)
+            plan.request.reader.read(message, data)
             complete(plan, message)
         except Wrong as wrong:
             raise invalid_request(wrong) from None

@@ -124,9 +124,19 @@ def parse_json(text: bytes, *, exact: bool = False, depth_max: int = DEPTH_MAX) 
     key_count, depth = _shape(value)
     if depth > depth_max:
         raise Wrong(f"is nested deeper than {depth_max} levels")
-    if exact or not _has_each_key_once(text, key_count) or _has_negative_zero(text):
+    if exact or not says_no_more(text, key_count):
         return _parse_slowly(text)
     return value
+
+
+def says_no_more(text: bytes, key_count: int) -> bool:
+    """Whether a document is all that its text says: no key twice, and no zero with a sign.
+
+    Args:
+        text: that orjson has parsed.
+        key_count: keys in the parsed document.
+    """
+    return _has_each_key_once(text, key_count) and not _has_negative_zero(text)
 
 
 def _has_negative_zero(text: bytes) -> bool:

@@ -19,7 +19,7 @@ from urllib.parse import unquote_to_bytes
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from edge import well_known
-from edge.codec import codecs_of, read_json
+from edge.codec import codecs_of
 from edge.fields import (
     AnyMessage,
     JsonValue,
@@ -245,7 +245,7 @@ def _fill(inner: AnyMessage, field: FieldDescriptor, text: str) -> None:
     if into is not None:
         into(inner, text)
     elif descriptor.full_name in _JSON_LEAVES:
-        read_json(codecs_of(descriptor.file.pool).of(descriptor).into, inner, text.encode())
+        codecs_of(descriptor.file.pool).of(descriptor).reader.read(inner, text.encode())
     else:
         inner.value = text_decoder(descriptor.fields_by_name["value"])(text)
 

@@ -26,7 +26,8 @@ _IDENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # What a literal may hold: RFC 3986 pchar without ":" (it starts the verb) and "*".
 _LITERAL = re.compile(r"(?:[A-Za-z0-9\-._~!$&'()+,;=@]|%[0-9A-Fa-f]{2})+")
 # RFC 3986 §2.3.
-_UNRESERVED = re.compile(r"[A-Za-z0-9\-._~]*")
+_UNRESERVED_CHARACTER = r"[A-Za-z0-9\-._~]"
+_UNRESERVED = re.compile(rf"{_UNRESERVED_CHARACTER}*")
 _ESCAPED_SLASH = re.compile(rb"(%2[Ff])")
 
 
@@ -113,6 +114,9 @@ class Template:
         http.proto: all but [-_.~0-9a-zA-Z] is percent-encoded, and "/" only where the variable
         is one segment.
         """
+        if self._needs_no_escape.fullmatch(value):
+            start, end = self._frame
+            return start + value + end
         [variable] = self.variables
         parts = value.split("/") if variable.is_multi_segment else [value]
         if not _fits(self.segments[variable.start : variable.end], parts):
@@ -121,6 +125,13 @@ class Template:
             value = "/".join([quote(part, safe="") for part in parts])
         start, end = self._frame
         return start + value + end
+
+    @cached_property
+    def _needs_no_escape(self) -> re.Pattern[str]:
+        """The usual value of the only variable: it fits, and it is its own encoding."""
+        [variable] = self.variables
+        segments = self.segments[variable.start : variable.end]
+        return re.compile("/".join(map(_unescaped_pattern, segments)))
 
     @cached_property
     def _frame(self) -> tuple[str, str]:
@@ -145,6 +156,14 @@ def _fits(pattern: tuple[str | bytes, ...], parts: list[str]) -> bool:
         segment == STAR or segment == part.encode()
         for segment, part in zip(pattern, parts, strict=True)
     )
+
+
+def _unescaped_pattern(segment: str | bytes) -> str:
+    """Of a segment that needs no escape; what cannot be such, and "**", match nothing here."""
+    if segment == STAR:
+        return rf"(?!\.\.?(?:/|\Z)){_UNRESERVED_CHARACTER}+"
+    text = _segment_text(segment)
+    return re.escape(text) if _UNRESERVED.fullmatch(text) else "(?!)"
 
 
 def _segment_text(segment: str | bytes) -> str:

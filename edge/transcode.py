@@ -14,18 +14,17 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from edge.codec import (
+    JsonReader,
     MessageCodec,
-    Setter,
     codecs_of,
-    read_json,
     require_parsable,
     write_json,
 )
-from edge.fields import AnyMessage, JsonValue, descriptor_of
+from edge.fields import AnyMessage, JsonValue, descriptor_of, fields_by_any_name
 from edge.ignored import Ignored
 from edge.json_text import Wrong
 from edge.masks import UpdateMask, update_mask_of
-from edge.query import Leaf, find_leaf, gather, parse_query, set_leaf
+from edge.query import Leaf, TextDecode, find_leaf, gather, parse_query, set_leaf
 from edge.routes import Route
 from edge.well_known import ToJson
 from shared.errors import Internal, InvalidRequest
@@ -45,11 +44,14 @@ class Plan:
         request: the codec of the whole request.
         variables: path variables: proto field path -> the field.
         body_field: the field that the body fills; None for "*" and for no body.
-        set_body: fills it; None as above.
+        read_body: fills the message, or that field; None without a body.
         takes_any_body: whether the body is an HttpBody, and so of any media type.
         answer_json: makes the JSON value of the answer, or of its response_body.
         taken: proto paths that a query parameter must not touch.
         taken_roots: the first name of each.
+        plain: by JSON name and proto name, the field's name and what decodes its text: of query
+            parameters that are one scalar each; the others take a longer way.
+        rewritten: variables that the body may name, too.
         update_mask: checks or makes the field mask of an update; None if there is none.
         ignored: learns of unknown names where the contract ignores them; None refuses them.
     """
@@ -57,11 +59,13 @@ class Plan:
     request: MessageCodec
     variables: dict[str, Leaf]
     body_field: FieldDescriptor | None
-    set_body: Setter | None
+    read_body: JsonReader | None
     takes_any_body: bool
     answer_json: ToJson
     taken: frozenset[tuple[str, ...]]
     taken_roots: frozenset[str]
+    plain: dict[str, tuple[str, TextDecode]]
+    rewritten: frozenset[str]
     update_mask: UpdateMask | None
     ignored: Ignored | None
 
@@ -89,9 +93,12 @@ def request_message(
     plan = plan_of(route)
     message = plan.request.message_class()
     try:
-        document = _read_body(route, plan, message, body, content_type)
+        document = _read_body(plan, message, body, content_type)
         for field_path, text in captures.items():
-            _set_captured(message, plan.variables[field_path], text, is_bodiless=not body)
+            if body and field_path in plan.rewritten:
+                _set_rewritten(message, plan.variables[field_path], text)
+            else:
+                set_leaf(message, plan.variables[field_path], [text])
         if query_string:
             _read_query(route, plan, message, query_string)
         complete(plan, message, document)
@@ -181,19 +188,27 @@ def plan_of(route: Route) -> Plan:
     taken = {leaf.path for leaf in variables.values()}
     if body_field is not None:
         taken.add((body_field.name,))
+    taken_roots = {path[0] for path in taken}
     answer_json = codecs.of(answer).to_json
     if route.response_body:
         answer_json = codecs.value_of(answer.fields_by_name[route.response_body])[1]
+    read_body = codecs.of(request).reader if route.body == "*" else None
+    if body_field is not None:
+        read_body = codecs.value_of(body_field)[0]
     body_type = request if body_field is None else body_field.message_type
     return Plan(
         request=codecs.of(request),
         variables=variables,
         body_field=body_field,
-        set_body=codecs.value_of(body_field)[0] if body_field is not None else None,
+        read_body=read_body,
         takes_any_body=bool(route.body) and _is_http_body(body_type),
         answer_json=answer_json,
         taken=frozenset(taken),
-        taken_roots=frozenset(path[0] for path in taken),
+        taken_roots=frozenset(taken_roots),
+        plain=_plain_parameters(route, request, taken_roots),
+        rewritten=frozenset(
+            path for path, leaf in variables.items() if route.body in {"*", leaf.path[0]}
+        ),
         update_mask=update_mask_of(route),
         ignored=codecs.ignored if is_lenient else None,
     )
@@ -203,9 +218,7 @@ def _is_http_body(message: Descriptor | None) -> bool:
     return message is not None and message.full_name == HTTP_BODY
 
 
-def _read_body(
-    route: Route, plan: Plan, message: AnyMessage, body: bytes, content_type: str
-) -> JsonValue:
+def _read_body(plan: Plan, message: AnyMessage, body: bytes, content_type: str) -> JsonValue:
     """Fill the message from the body; the document, None if it is no JSON."""
     field = plan.body_field
     if plan.takes_any_body:
@@ -214,21 +227,16 @@ def _read_body(
         return None
     if not body:
         return None
-    if not route.body:
+    if plan.read_body is None:
         raise Wrong("must have no body")
-    if field is None or plan.set_body is None:
-        return read_json(plan.request.into, message, body)
     try:
-        return read_json(plan.set_body, message, body)
+        return plan.read_body.read(message, body)
     except Wrong as wrong:
-        raise wrong.within(field.json_name) from None
+        raise wrong if field is None else wrong.within(field.json_name) from None
 
 
-def _set_captured(message: AnyMessage, leaf: Leaf, text: str, *, is_bodiless: bool) -> None:
+def _set_rewritten(message: AnyMessage, leaf: Leaf, text: str) -> None:
     """Set a field from the path; a body may repeat it (AIP-134), not contradict it."""
-    if is_bodiless:
-        set_leaf(message, leaf, [text])
-        return
     target = message
     for field in leaf.fields[:-1]:
         target = getattr(target, field.name)
@@ -242,6 +250,8 @@ def _set_captured(message: AnyMessage, leaf: Leaf, text: str, *, is_bodiless: bo
 
 def _read_query(route: Route, plan: Plan, message: AnyMessage, query_string: bytes) -> None:
     pairs = parse_query(query_string)
+    if plan.plain and _read_plain(plan, message, pairs):
+        return
     if route.body == "*" and pairs and plan.ignored is None:
         raise _no_parameter(pairs[0][0][:NAME_CHARACTERS_TOLD_MAX])
     for leaf, texts in gather(pairs, plan.request.descriptor, plan.ignored):
@@ -250,6 +260,39 @@ def _read_query(route: Route, plan: Plan, message: AnyMessage, query_string: byt
         if leaf.path[0] in plan.taken_roots and _is_taken(leaf, plan):
             raise Wrong.of_field(leaf.json_path, "belongs to the path or the body")
         set_leaf(message, leaf, texts)
+
+
+def _read_plain(plan: Plan, message: AnyMessage, pairs: list[tuple[str, str]]) -> bool:
+    """Fill fields from the usual query; False if the longer way must judge it."""
+    done = set()
+    for name, text in pairs:
+        parameter = plan.plain.get(name)
+        if parameter is None or parameter[0] in done:
+            return False
+        field, decode = parameter
+        try:
+            setattr(message, field, decode(text))
+        except Wrong:
+            return False
+        done.add(field)
+    return True
+
+
+def _plain_parameters(
+    route: Route, request: Descriptor, taken_roots: set[str]
+) -> dict[str, tuple[str, TextDecode]]:
+    if route.body == "*":
+        return {}
+    leaves = {
+        name: find_leaf(request, name)
+        for name, field in fields_by_any_name(request).items()
+        if field.name not in taken_roots and field.message_type is None
+    }
+    return {
+        name: (leaf.fields[0].name, leaf.decode)
+        for name, leaf in leaves.items()
+        if leaf.decode is not None
+    }
 
 
 def _is_taken(leaf: Leaf, plan: Plan) -> bool:

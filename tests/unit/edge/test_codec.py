@@ -307,7 +307,7 @@ def test_text_that_is_no_utf_8_is_a_value_error(tmp_path):
         codec.json_of_message(message)
     legacy = Codecs(pool).of(pool.FindMessageTypeByName("syntaxes.legacy.Legacy"))
     keyed = legacy.message_class.FromString(b"\x6a\x05\x0a\x01\xff\x10\x01")
-    with pytest.raises(ValueError, match="a map's key is no UTF-8"):
+    with pytest.raises(ValueError, match="utf-8"):
         legacy.json_of_message(keyed)
 
 
