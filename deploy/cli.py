@@ -103,7 +103,8 @@ def status(data: DataOption = None, as_json: JsonOption = False) -> None:
     is_ready = bool(rows) and all(row["alive"] and row["ready"] for row in rows)
     if as_json:
         shown = {"running": bool(state), "ready": is_ready, "data": str(folder.path)}
-        print(json.dumps({**shown, "edge": state.get("edge"), "processes": rows}))
+        where = {"edge": state.get("edge"), "metrics": state.get("metrics", {})}
+        print(json.dumps({**shown, **where, "processes": rows}))
     elif state:
         _print_status(state, rows)
     else:

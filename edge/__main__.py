@@ -17,14 +17,17 @@ from edge.api import Api
 from edge.config import EdgeConfig
 from edge.contracts import ContractError
 from edge.docs import DOCS_PATH
-from edge.serving import ListenError, bind, serving
+from edge.serving import serving
 from edge.wiring import Surroundings, load_api, open_edge
 from shared import log
 from shared.clock import SystemClock
 from shared.config import ConfigError, ProcessConfig, load, read_identity_key
 from shared.identity import EDGE_ISSUER, IdentitySigner
+from shared.listening import ListenError, bind
 from shared.rpc.client import Upstreams
 from shared.rpc.tls import ClientTls
+from shared.telemetry.metrics import Metrics
+from shared.telemetry.scrapes import open_telemetry
 
 _log = log.get_logger("edge")
 
@@ -44,8 +47,12 @@ async def run(config: EdgeConfig, process: ProcessConfig) -> None:
     # Before it listens: what cannot be served shall not look like a server.
     api = await load_api(config, around, _tell)
     with closing(bind(config.listen, setting="TENFOLD_EDGE_LISTEN")) as listener:
-        async with open_edge(config, around, api) as app, serving(app, config, listener) as port:
-            _say_where(config, around, api, port)
+        async with (
+            open_telemetry(around.metrics, process.metrics_listen) as metrics_port,
+            open_edge(config, around, api) as app,
+            serving(app, config, listener) as port,
+        ):
+            _say_where(config, around, api, port, metrics_port)
             await stop.asked()
             _log.info("draining")
 
@@ -72,11 +79,21 @@ class _Stop:
             self._task.cancel()
 
 
-def _say_where(config: EdgeConfig, around: Surroundings, api: Api, port: int) -> None:
+def _say_where(
+    config: EdgeConfig, around: Surroundings, api: Api, port: int, metrics_port: int
+) -> None:
     host = config.listen.rpartition(":")[0]
     url, route_count = f"http://{host}:{port}", len(api.routes.routes)
     targets = sorted(set(around.upstreams.targets.values()))
-    _log.info("serving", host=host, port=port, url=url, routes=route_count, upstreams=targets)
+    _log.info(
+        "serving",
+        host=host,
+        port=port,
+        url=url,
+        routes=route_count,
+        upstreams=targets,
+        metrics_port=metrics_port,
+    )
     if around.signer is None:
         what = f"{route_count} route{'s' if route_count > 1 else ''} of {', '.join(api.packages)}"
         behind = ", ".join(targets)
@@ -98,7 +115,8 @@ def _surroundings(config: EdgeConfig, process: ProcessConfig) -> Surroundings:
     if not is_foreign:
         key = read_identity_key(process.identity_path, EDGE_ISSUER)
         signer = IdentitySigner(EDGE_ISSUER, key)
-    return Surroundings(upstreams, signer, process.valkey_url, SystemClock(), _tls(config))
+    metrics = Metrics(is_served=bool(process.metrics_listen))
+    return Surroundings(upstreams, signer, process.valkey_url, SystemClock(), _tls(config), metrics)
 
 
 def _tls(config: EdgeConfig) -> ClientTls | None:

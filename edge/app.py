@@ -6,7 +6,7 @@ No step knows a service. What a method needs is in its contract.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edge import charges as charging
 from edge.auth import Authenticator, authorize
@@ -19,7 +19,8 @@ from edge.deadlines import connect_timeout_of, timeout_of
 from edge.exchange import Exchange, address_block
 from edge.health import Readiness
 from edge.http1 import HeaderList, Http1Request
-from edge.problem import ErrorTeller, problem_of
+from edge.measures import Measures
+from edge.problem import ErrorTeller, problem_of, status_of
 from edge.quota import Quota
 from edge.quota_store import LocalQuotaStore
 from edge.refusals import (
@@ -37,6 +38,7 @@ from shared.errors import (
     TenfoldError,
     Unavailable,
 )
+from shared.telemetry.metrics import Metrics
 
 # What nginx logs for a client that closed before the answer; it is never sent.
 CLIENT_LEFT_STATUS = 499
@@ -91,6 +93,7 @@ class Parts:
         documents: by path: the OpenAPI document, the reference and its files.
         tell: tells of an error.
         trusted_hops: how many proxies in front append to X-Forwarded-For.
+        metrics: where the edge counts what it does.
     """
 
     routes: RouteTable
@@ -106,6 +109,7 @@ class Parts:
     authenticator: Authenticator | None = None
     tell: ErrorTeller = problem_of
     trusted_hops: int = 0
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 class EdgeApp:
@@ -115,6 +119,11 @@ class EdgeApp:
         self._parts = parts
         self._in_flight = 0
         self._is_draining = False
+        self.measures = Measures(parts.metrics, self._is_own)
+        active = parts.metrics.gauge(
+            "http_server_active_requests", "Requests in flight, streams included."
+        )
+        parts.metrics.watch(active, lambda: self._in_flight)
 
     def drain(self) -> None:
         """Say "not ready" from now on, and end open streams; requests in flight go on."""
@@ -132,6 +141,7 @@ class EdgeApp:
             await self._serve(exchange)
         finally:
             self._in_flight -= 1
+            self.measures.note_end(exchange)
             if log.writes_requests():
                 _write_line(exchange)
         if exchange.charge is not None:
@@ -160,6 +170,7 @@ class EdgeApp:
             return
         if exchange.charge is not None:
             charging.note_error(exchange.charge, error)
+        self.measures.note_refusal(error.error_reason, status_of(error))
         route = exchange.route
         told = (
             refusal_of(error, exchange)
@@ -196,6 +207,7 @@ class EdgeApp:
         block, quota = address_block(exchange.address), self._parts.limits.address
         verdict = self._parts.addresses.spend_now(block, quota, 1)
         if not verdict.is_allowed:
+            self.measures.note_decision(quota.name, verdict)
             message = "Too many requests come from this address."
             raise QuotaExceeded(
                 message, retry_after_s=verdict.retry_after_s, metadata={"quota": quota.name}
@@ -287,6 +299,7 @@ class EdgeApp:
         block = address_block(exchange.address)
         charge = await self._parts.charges.charge(exchange.call, exchange.principal, block)
         exchange.charge = charge
+        self.measures.note_decision(charge.price.quota.name, charge.verdict)
         if not charge.verdict.is_allowed:
             raise charging.refuse(charge)
 

@@ -10,46 +10,12 @@ from edge.app import EdgeApp
 from edge.config import EdgeConfig
 from edge.http1 import ConnectionLimits, Http1Request, Server
 from shared import log
+from shared.listening import BACKLOG
 
-# Connections that the kernel may hold until we take them.
-BACKLOG = 1024
 # After the drain what is left is cancelled; then this for it to notice.
 STOP_MARGIN_S = 2.0
 
 _log = log.get_logger("edge")
-
-
-class ListenError(Exception):
-    """The address cannot be listened on; the message says why, in one sentence."""
-
-
-def bind(address: str, *, setting: str) -> socket.socket:
-    """A listening socket.
-
-    Args:
-        address: "127.0.0.1:8080" or "[::1]:0".
-        setting: where the address came from, for the error.
-
-    Raises:
-        ListenError: it is no address, or it is taken.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise ListenError(f"{setting}={address!r} is not HOST:PORT.")
-    host = host.strip("[]")
-    # asyncio sets TCP_NODELAY only on sockets that are known to be TCP's.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, int(port)))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        reason = error.strerror or str(error)
-        raise ListenError(f"{setting}={address}: cannot listen there: {reason}.") from error
-    listener.setblocking(False)
-    return listener
 
 
 @asynccontextmanager

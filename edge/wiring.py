@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge.aip193 import google_error_of
@@ -26,6 +26,7 @@ from shared.clock import Clock
 from shared.identity import IdentitySigner
 from shared.rpc.client import Channels, Upstreams
 from shared.rpc.tls import ClientTls
+from shared.telemetry.metrics import Metrics
 
 _log = log.get_logger("edge")
 
@@ -41,6 +42,7 @@ class Surroundings:
         valkey_url: where quotas are counted for all edges of a mesh.
         clock: where time comes from.
         tls: how to speak to the upstreams; None for plaintext.
+        metrics: where every part counts what it does.
     """
 
     upstreams: Upstreams
@@ -48,6 +50,7 @@ class Surroundings:
     valkey_url: str
     clock: Clock
     tls: ClientTls | None = None
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 async def load_api(config: EdgeConfig, around: Surroundings, tell: Tell) -> Api:
@@ -105,6 +108,7 @@ async def open_edge(
             policies={method.full_name: method.policy for method in api.methods},
             checks_health=around.signer is not None,
             tls=around.tls,
+            metrics=around.metrics,
         )
         stack.push_async_callback(channels.close)
         store = await _quota_store(stack, config, around)
@@ -134,6 +138,7 @@ async def open_edge(
                 authenticator=authenticator,
                 tell=tell,
                 trusted_hops=config.trusted_hops,
+                metrics=around.metrics,
             )
         )
 

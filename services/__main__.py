@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shared.lifecycle import Service
     from shared.rpc.server import RpcServer
     from shared.runtime import Runtime
+    from shared.telemetry.metrics import Metrics
 
 ALL = "all"
 PREFIX = "TENFOLD_"
@@ -57,14 +58,19 @@ async def serve(names: Sequence[str], environ: Mapping[str, str], spawner: Spawn
     from shared import log
     from shared.identity import IdentityVerifier, RevocationList
     from shared.runtime import open_runtime
+    from shared.telemetry.metrics import Metrics
+    from shared.telemetry.scrapes import open_telemetry
 
     config = load(ProcessConfig, PREFIX, environ)
     log.configure(config.log_level)
     log.install_loop_handler(asyncio.get_running_loop())
     revocations = RevocationList()
     verifier = IdentityVerifier(read_trust(config.identity_path), revocations=revocations)
-    server = _server_of(config, verifier)
+    metrics = Metrics(is_served=bool(config.metrics_listen))
+    server = _server_of(config, verifier, metrics)
     async with AsyncExitStack() as stack:
+        told = open_telemetry(metrics, config.metrics_listen)
+        metrics_port = await stack.enter_async_context(told)
         runtime = await stack.enter_async_context(
             open_runtime(
                 config,
@@ -73,16 +79,17 @@ async def serve(names: Sequence[str], environ: Mapping[str, str], spawner: Spawn
                 spawner=spawner,
                 revocations=revocations,
                 set_serving=server.set_serving,
+                metrics=metrics,
             )
         )
         services = [await _open(name, runtime, stack) for name in names]
         for service in services:
             for registration in service.registrations:
                 server.add(registration)
-        await _run(server, services, runtime)
+        await _run(server, services, runtime, metrics_port)
 
 
-def _server_of(config: ProcessConfig, verifier: object) -> "RpcServer":
+def _server_of(config: ProcessConfig, verifier: object, metrics: "Metrics") -> "RpcServer":
     from shared.identity import IdentityVerifier
     from shared.rpc.engine import EngineLimits
     from shared.rpc.server import RpcServer, RpcServerConfig
@@ -98,6 +105,7 @@ def _server_of(config: ProcessConfig, verifier: object) -> "RpcServer":
                 calls_max=config.rpc_calls_max,
                 reflection=config.rpc_reflection,
             ),
+            metrics=metrics,
         )
     except ValueError as error:
         raise ConfigError(f"{error}.") from error
@@ -110,7 +118,9 @@ async def _open(name: str, runtime: "Runtime", stack: AsyncExitStack) -> "Servic
     return service
 
 
-async def _run(server: "RpcServer", services: Sequence["Service"], runtime: "Runtime") -> None:
+async def _run(
+    server: "RpcServer", services: Sequence["Service"], runtime: "Runtime", metrics_port: int
+) -> None:
     from shared import log
     from shared.identity_feed import run_revocation_feed
     from shared.rpc.client import Upstreams
@@ -129,7 +139,8 @@ async def _run(server: "RpcServer", services: Sequence["Service"], runtime: "Run
                     tasks.append(group.create_task(loop(), name=f"{service.name}.{number}"))
             for name in (*server.services, ""):
                 server.set_serving(name, True)
-            logger.info("serving", port=port, services=[service.name for service in services])
+            names = [service.name for service in services]
+            logger.info("serving", port=port, services=names, metrics_port=metrics_port)
             await stopping.wait()
             logger.info("stopping")
             await server.stop(runtime.config.stop_grace_s)
@@ -169,8 +180,9 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
 def _failed(error: BaseException) -> int:
     """Say why in one sentence if it is a setting or the machine, else with a traceback."""
     from shared.db.errors import DatabaseRefused
+    from shared.listening import ListenError
 
-    if isinstance(error, ConfigError | OSError | DatabaseRefused):
+    if isinstance(error, ConfigError | ListenError | OSError | DatabaseRefused):
         sys.stderr.write(f"{error}\n")
         return 1
     raise error

@@ -154,6 +154,10 @@ class ProcessConfig:
             "choices": ("debug", "info", "warning", "error"),
         },
     )
+    metrics_listen: str = field(
+        default="",
+        metadata={"help": "HOST:PORT of /metrics, never a public one; empty serves none"},
+    )
     rpc_engine: str = field(default="grpcio", metadata={"help": "what speaks gRPC"})
     rpc_calls_max: int = field(
         default=1000, metadata={"help": "unary calls at once", "unit": "calls", "min": 1}

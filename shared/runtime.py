@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.bus.jetstream import Bus, open_bus
@@ -11,6 +11,7 @@ from shared.config import ConfigError, ProcessConfig, read_identity_key, read_se
 from shared.identity import IdentitySigner, RevocationList
 from shared.rpc.client import Channels, Upstreams
 from shared.spawner import Spawner
+from shared.telemetry.metrics import Metrics
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Runtime:
         revocations: credentials that are refused; auth feeds it, the verifier reads it.
         set_serving: states whether a gRPC service, by its full name, serves. A service is set
             to serve when the process is up; use it for what happens later.
+        metrics: where a service counts what it does.
     """
 
     config: ProcessConfig
@@ -39,6 +41,7 @@ class Runtime:
     spawner: Spawner
     revocations: RevocationList
     set_serving: Callable[[str, bool], None]
+    metrics: Metrics = field(default_factory=Metrics)
 
     def folder_of(self, service: str) -> Path:
         """Where a service keeps its files: <data>/services/<name>, made if missing."""
@@ -56,6 +59,7 @@ async def open_runtime(
     spawner: Spawner,
     revocations: RevocationList,
     set_serving: Callable[[str, bool], None],
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[Runtime]:
     """Open what all services of a process share.
 
@@ -66,6 +70,7 @@ async def open_runtime(
         spawner: started before gRPC was loaded; the caller closes it.
         revocations: what the server's verifier looks into.
         set_serving: see Runtime.
+        metrics: see Runtime.
 
     Raises:
         ConfigError: a setting is wrong; the sentence names it.
@@ -74,7 +79,8 @@ async def open_runtime(
         config.identity_issuer, read_identity_key(config.identity_path, config.identity_issuer)
     )
     secret = read_secret(config.secret_path)
-    channels = Channels(parse_upstreams(config), signer)
+    metrics = metrics or Metrics()
+    channels = Channels(parse_upstreams(config), signer, metrics=metrics)
     try:
         async with open_bus(config.nats_url, name=name) as bus:
             yield Runtime(
@@ -87,6 +93,7 @@ async def open_runtime(
                 spawner=spawner,
                 revocations=revocations,
                 set_serving=set_serving,
+                metrics=metrics,
             )
     finally:
         await channels.close()

@@ -20,6 +20,7 @@ from deploy.settings import Setting, value_of
 
 EDGE_SETTING = "TENFOLD_EDGE_LISTEN"
 SERVICES_SETTING = "TENFOLD_LISTEN"
+METRICS_SETTING = "TENFOLD_METRICS_LISTEN"
 # Above the drain times of the children themselves, which end first if all goes well.
 EDGE_STOP_TIMEOUT_S = 15.0
 SERVICES_STOP_TIMEOUT_S = 20.0
@@ -34,6 +35,7 @@ class Addresses:
     nats: Address
     valkey: Address
     mail: Address
+    metrics: Mapping[str, Address]  # by the program that tells them
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,18 @@ def choose_addresses(launch: Launch) -> Addresses:
     text = value_of(SERVICES_SETTING, launch.environ, launch.settings)
     wanted = Address.parse(text, setting=SERVICES_SETTING)
     chosen = {launch.edge.port, wanted.port}
-    edge, services, nats, valkey, mail = free_addresses(5, avoid=chosen)
+    edge, services, nats, valkey, mail, *others = free_addresses(7, avoid=chosen)
+    metrics = dict(zip(("edge", "services"), others, strict=True))
+    if given := value_of(METRICS_SETTING, launch.environ, launch.settings):
+        metrics["edge"] = Address.parse(given, setting=METRICS_SETTING)
     if launch.edge.port == 0:
-        return Addresses(Address(launch.edge.host, edge.port), services, nats, valkey, mail)
+        edge = Address(launch.edge.host, edge.port)
+        return Addresses(edge, services, nats, valkey, mail, metrics)
     require_free(launch.edge, setting=f"--edge or {EDGE_SETTING}")
     if wanted.port:
         require_free(wanted, setting=SERVICES_SETTING)
         services = wanted
-    return Addresses(launch.edge, services, nats, valkey, mail)
+    return Addresses(launch.edge, services, nats, valkey, mail, metrics)
 
 
 class Mesh:
@@ -160,7 +166,7 @@ class Mesh:
         services = Program(
             name="services",
             argv=servers.python_module("services", "all"),
-            environment=self._environment(issuer="services"),
+            environment=self._environment("services"),
             address=addresses.services,
             is_ready=accepts(addresses.services),
             stop_rank=1,
@@ -169,7 +175,7 @@ class Mesh:
         edge = Program(
             name="edge",
             argv=servers.python_module("edge"),
-            environment=self._environment(issuer="edge"),
+            environment=self._environment("edge"),
             address=addresses.edge,
             is_ready=answers_http_ok(addresses.edge, "/readyz"),
             stop_rank=0,
@@ -177,7 +183,7 @@ class Mesh:
         )
         return [services, edge]
 
-    def _environment(self, *, issuer: str) -> dict[str, str]:
+    def _environment(self, program: str) -> dict[str, str]:
         folder, addresses = self._folder, self._addresses
         return {
             **self._environ,
@@ -189,7 +195,8 @@ class Mesh:
             "TENFOLD_NATS_URL": servers.nats_url(addresses.nats, self._nats_token),
             "TENFOLD_VALKEY_URL": servers.valkey_url(addresses.valkey, self._valkey_token),
             "TENFOLD_IDENTITY_FOLDER": str(folder.identity),
-            "TENFOLD_IDENTITY_ISSUER": issuer,
+            "TENFOLD_IDENTITY_ISSUER": program,
+            METRICS_SETTING: str(addresses.metrics[program]),
             "TENFOLD_SECRET_FILE": str(folder.secret),
             "TENFOLD_NOTIFICATION_SMTP_URL": f"smtp://{addresses.mail}",
         }
@@ -198,6 +205,11 @@ class Mesh:
     def _edge_url(self) -> str:
         return f"http://{self._addresses.edge}"
 
+    @property
+    def _metrics_urls(self) -> dict[str, str]:
+        metrics = self._addresses.metrics
+        return {name: f"http://{address}/metrics" for name, address in metrics.items()}
+
     def _write_state(self, children: Mapping[str, Child]) -> None:
         launcher = mark(os.getpid())
         self._folder.write_state(
@@ -205,6 +217,7 @@ class Mesh:
                 "launcher": {"pid": launcher.pid, "started": launcher.started},
                 "ready": self._is_ready,
                 "edge": self._edge_url,
+                "metrics": self._metrics_urls,
                 "children": {name: _state_of(child) for name, child in children.items()},
             }
         )
@@ -220,6 +233,7 @@ class Mesh:
                 f"  data       {folder.path}",
                 f"  mail       {folder.mail} (every e-mail that is sent lands here)",
                 f"  logs       {folder.logs}",
+                f"  metrics    {', '.join(self._metrics_urls.values())}",
                 "Ctrl-C stops everything.",
             ]
         )

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,6 +26,8 @@ from shared.rpc.policy import Access, MethodPolicy, contract_policies
 from shared.rpc.status import STATUS_DETAILS_KEY, error_of
 from shared.rpc.tls import ClientTls
 from shared.rpc.unary import UnaryChannel
+from shared.telemetry.calls import CallDurations, client_durations
+from shared.telemetry.metrics import Metrics
 
 # Below what the core queues without refusing (spec d.1: 2,000 at once lost 138).
 CALLS_AT_ONCE_MAX = 1000
@@ -94,6 +97,7 @@ class Channels:
         calls_max: calls at once per target; more wait for a place within their deadline.
         checks_health: whether a target that says NOT_SERVING gets no calls.
         tls: how servers are believed; None speaks plaintext.
+        metrics: where unary calls are timed.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class Channels:
         ping_timeout_s: float = PING_TIMEOUT_S,
         checks_health: bool = True,
         tls: ClientTls | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.upstreams = upstreams
         self._identity = identity
@@ -115,6 +120,7 @@ class Channels:
         self._keepalive_s, self._ping_timeout_s = keepalive_s, ping_timeout_s
         self._checks_health = checks_health
         self._tls = tls
+        self._durations = client_durations(metrics or Metrics())
         self._channels: dict[str, Channel] = {}
         self._unary_channels: dict[str, UnaryChannel] = {}  # by target
         self._unary_of_service: dict[str, UnaryChannel] = {}
@@ -143,7 +149,7 @@ class Channels:
         channel = self._channels.get(target)
         if channel is None:
             raw = self._raw_channel(target)
-            channel = Channel(raw, self._identity, self._policies, self._calls_max)
+            channel = Channel(raw, self._identity, self._policies, self._calls_max, self._durations)
             self._channels[target] = channel
         return channel
 
@@ -167,6 +173,7 @@ class Channels:
                 keepalive_s=self._keepalive_s,
                 ping_timeout_s=self._ping_timeout_s,
                 tls=self._tls,
+                durations=self._durations,
             )
         self._unary_of_service[service] = channel
         return channel
@@ -216,9 +223,11 @@ class _Callers:
         identity: IdentitySigner | None,
         policies: Mapping[str, MethodPolicy],
         calls_max: int,
+        durations: CallDurations | None,
     ) -> None:
         self._identity = identity
         self._policies = policies
+        self.durations = durations
         self.calls = asyncio.Semaphore(calls_max)
         self.streams = asyncio.Semaphore(STREAMS_AT_ONCE_MAX)
 
@@ -263,9 +272,10 @@ class Channel(grpc.aio.Channel):
         identity: IdentitySigner | None,
         policies: Mapping[str, MethodPolicy],
         calls_max: int,
+        durations: CallDurations | None = None,
     ) -> None:
         self._raw = raw
-        self._callers = _Callers(identity, policies, calls_max)
+        self._callers = _Callers(identity, policies, calls_max, durations)
 
     async def __aenter__(self) -> Self:
         """See grpc.aio.Channel."""
@@ -343,7 +353,7 @@ class _UnaryMethod(_Method):
                 wait_for_ready=wait_for_ready,
             )
 
-        return UnaryCall(start, self._callers.calls)
+        return UnaryCall(start, self._callers, self._path)
 
 
 class _StreamMethod(_Method):
@@ -390,9 +400,10 @@ class _Call:
 class UnaryCall(_Call):
     """One answer to come: await it, once. Nothing is sent before that."""
 
-    def __init__(self, start: Callable[[], Any], places: asyncio.Semaphore) -> None:
+    def __init__(self, start: Callable[[], Any], callers: _Callers, path: str) -> None:
         self._begin = start
-        self._places = places
+        self._callers = callers
+        self._path = path
 
     def __await__(self) -> Generator[Any, Any, Any]:
         """The answer message.
@@ -403,17 +414,23 @@ class UnaryCall(_Call):
         return self._run().__await__()
 
     async def _run(self) -> Any:  # noqa: ANN401
-        async with self._places:
+        started_s, code = time.monotonic(), "CANCELLED"
+        async with self._callers.calls:
             raw = self._raw = self._begin()
             try:
-                return await raw
+                answer = await raw
+                code = "OK"
+                return answer
             except grpc.aio.AioRpcError as error:
+                code = error.code().name
                 raise _error_of(error) from error
             except asyncio.CancelledError:
                 await _raise_if_refused(raw)
                 raise
             finally:
                 raw.cancel()  # a dropped call is never collected (spec d.1)
+                if self._callers.durations is not None:
+                    self._callers.durations.note(self._path, code, started_s)
 
 
 class StreamCall(_Call):

@@ -42,6 +42,8 @@ from shared.rpc.context import REPLAYED_METADATA, REQUEST_ID_KEY, Context, curre
 from shared.rpc.policy import REQUEST_ID_FIELD, Access, Idempotency, MethodPolicy
 from shared.rpc.status import status_of
 from shared.rpc.validation import RequestReader
+from shared.telemetry.calls import server_durations
+from shared.telemetry.metrics import Metrics
 
 REQUEST_ID_CHARACTERS_MAX = 128
 IDEMPOTENCY_KEY = "idempotency-key"
@@ -104,6 +106,7 @@ class Chain:
         read_timeout_s: how long the first request message may take to come.
         stream_idle_s: how long each further message of a client's stream may take.
         logs_requests: whether each call leaves a line.
+        metrics: where calls are counted and timed.
     """
 
     verifier: IdentityVerifier
@@ -114,6 +117,16 @@ class Chain:
     stream_idle_s: float = STREAM_IDLE_S
     logs_requests: bool = True
     open_streams: dict[asyncio.Task[Any], Context] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        """Bind what is measured."""
+        self.durations = server_durations(self.metrics)
+        running = self.metrics.gauge(
+            "rpc_server_active_requests", "Calls and streams that are being answered.", "kind"
+        )
+        self.metrics.watch(running, lambda: self.calls.running, "call")
+        self.metrics.watch(running, lambda: self.streams.running, "stream")
 
     def wrap(self, path: str, handler: MethodHandler) -> Any:  # noqa: ANN401
         """The handler with the chain around it, to be registered under the same path."""
@@ -150,7 +163,7 @@ class _Guarded:
 
     async def serve_unary(self, _requests: object, rpc: Any) -> bytes:  # noqa: ANN401
         """One answer; registered with the engine."""
-        started_s = time.perf_counter()
+        started_s = time.monotonic()
         tokens: list[str] = []
         call = _call_of(self._policy.path, rpc, tokens)
         timer = _Timer(call)
@@ -161,12 +174,12 @@ class _Guarded:
             timer.stop()
             await self._refuse(call, rpc, error, started_s)
         timer.stop()
-        self._log(call, "OK", started_s)
+        self._note_end(call, "OK", started_s)
         return result
 
     async def serve_stream(self, _requests: object, rpc: Any) -> None:  # noqa: ANN401
         """A stream of answers; registered with the engine."""
-        started_s = time.perf_counter()
+        started_s = time.monotonic()
         tokens: list[str] = []
         call = _call_of(self._policy.path, rpc, tokens)
         timer = _Timer(call)
@@ -179,7 +192,7 @@ class _Guarded:
         finally:
             timer.stop()
             del self._chain.open_streams[timer.task]
-        self._log(call, "OK", started_s)
+        self._note_end(call, "OK", started_s)
 
     async def _answer(self, call: Context, rpc: Any, timer: "_Timer", tokens: list[str]) -> Any:  # noqa: ANN401
         request = await self._admit(call, rpc, timer, tokens)
@@ -311,17 +324,19 @@ class _Guarded:
         try:
             refusal = _refusal_of(error, call)
         except BaseException:  # the caller left: nobody waits for an answer
-            self._log(call, "CANCELLED", started_s)
+            self._note_end(call, "CANCELLED", started_s)
             raise
         status = status_of(refusal, request_id=call.request_id)
-        self._log(call, status.code.name, started_s, reason=refusal.error_reason)
+        self._note_end(call, status.code.name, started_s, reason=refusal.error_reason)
         trailing: tuple[tuple[str, str | bytes], ...] = status.trailing_metadata
         if call.is_replayed:
             trailing = (*trailing, REPLAYED_METADATA)
         await rpc.abort(status.code, status.message, trailing)
         raise AssertionError("abort raises")
 
-    def _log(self, call: Context, code: str, started_s: float, *, reason: str = "") -> None:
+    def _note_end(self, call: Context, code: str, started_s: float, *, reason: str = "") -> None:
+        if self._chain.durations is not None:
+            self._chain.durations.note(call.method, code, started_s)
         if not self._chain.logs_requests:
             return
         fields = {
@@ -329,7 +344,7 @@ class _Guarded:
             "event": "call",
             "method": call.method,
             "code": code,
-            "duration_ms": round((time.perf_counter() - started_s) * 1000, 2),
+            "duration_ms": round((time.monotonic() - started_s) * 1000, 2),
             "request_id": call.request_id,
             "principal": call.principal.kind.value,
             "tenant": call.principal.tenant,

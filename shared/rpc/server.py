@@ -24,6 +24,7 @@ from shared.rpc.interceptors import (
     MethodHandler,
 )
 from shared.rpc.policy import STREAM_DEADLINE_MAX_S, Access, MethodPolicy, contract_policies
+from shared.telemetry.metrics import Metrics
 
 HEALTH_SERVICE = "grpc.health.v1.Health"
 REFLECTION_SERVICE: str = reflection.SERVICE_NAME
@@ -91,6 +92,7 @@ class RpcServer:
         verifier: believes or refuses the identity that calls carry.
         config: how it behaves.
         policies: what may be called by whom; by default what our contracts say.
+        metrics: where calls are counted and timed.
 
     Raises:
         ValueError: there is no such engine.
@@ -103,6 +105,7 @@ class RpcServer:
         verifier: IdentityVerifier,
         config: RpcServerConfig | None = None,
         policies: Mapping[str, MethodPolicy] | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.config = config or RpcServerConfig()
         self._address = address
@@ -118,6 +121,7 @@ class RpcServer:
             read_timeout_s=self.config.read_timeout_s,
             stream_idle_s=self.config.stream_idle_s,
             logs_requests=self.config.logs_requests,
+            metrics=metrics or Metrics(),
         )
         # Probes must pass when the server is full, and leave no line every second.
         self._probes = Chain(

@@ -44,8 +44,9 @@ from shared.rpc.retries import (
     backoff_s,
     pushback_s,
 )
-from shared.rpc.status import STATUS_DETAILS_KEY, error_of
+from shared.rpc.status import STATUS_DETAILS_KEY, code_of, error_of
 from shared.rpc.tls import ClientTls
+from shared.telemetry.calls import CallDurations
 
 KEEPALIVE_S, PING_TIMEOUT_S = 20.0, 5.0
 # Calls that may wait for a connection, or for a place on one.
@@ -108,6 +109,7 @@ class UnaryChannel:
         checks_health: whether an address that says NOT_SERVING gets no calls.
         keepalive_s, ping_timeout_s: after how much silence to ping, and how long to wait.
         tls: how the servers are believed; None speaks plaintext.
+        durations: how long calls took; None where nobody reads it.
 
     Raises:
         ValueError: target is something else.
@@ -122,6 +124,7 @@ class UnaryChannel:
         keepalive_s: float = KEEPALIVE_S,
         ping_timeout_s: float = PING_TIMEOUT_S,
         tls: ClientTls | None = None,
+        durations: CallDurations | None = None,
     ) -> None:
         host, port = _host_and_port(target)
         self._loop = asyncio.get_running_loop()
@@ -131,6 +134,7 @@ class UnaryChannel:
         self._blocks: dict[str, bytes] = {}
         self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
         self._budget = RetryBudget()
+        self._durations = durations
         self._is_closed = False
         self._endpoints = Endpoints(
             host,
@@ -162,9 +166,29 @@ class UnaryChannel:
             TenfoldError: what the server answered, or how the call failed.
             ValueError: metadata that cannot be sent.
         """
-        now_s = time.monotonic()
-        deadline_s = now_s + timeout_s
-        self._budget.note_call(now_s)
+        durations, started_s = self._durations, time.monotonic()
+        deadline_s = started_s + timeout_s
+        self._budget.note_call(started_s)
+        if durations is None:
+            return await self._answer(path, message, metadata, timeout_s, deadline_s)
+        code = "OK"
+        try:
+            return await self._answer(path, message, metadata, timeout_s, deadline_s)
+        except BaseException as error:
+            code = _name_of(error)
+            raise
+        finally:
+            durations.note(path, code, started_s)
+
+    async def _answer(
+        self,
+        path: str,
+        message: bytes,
+        metadata: Sequence[tuple[str, str | bytes]],
+        timeout_s: float,
+        deadline_s: float,
+    ) -> Answer:
+        """Attempts until one brings the answer, or no other may be made."""
         block = self._blocks.get(path) or self._block_of(path)
         fields = b"".join([metadata_field(name, value) for name, value in metadata])
         attempts = unprocessed = 0
@@ -343,6 +367,11 @@ class _UnaryCall(Call):
     def on_failure(self, error: Exception) -> None:
         if not self.answer.done():
             self.answer.set_exception(_error_of_failure(error))
+
+
+def _name_of(error: BaseException) -> str:
+    """The code that tells how a call ended for its caller; one that is cancelled is no error."""
+    return code_of(error).name if isinstance(error, TenfoldError) else "CANCELLED"
 
 
 def _error_of_answer(initial: Headers, trailing: Headers) -> TenfoldError:

@@ -46,7 +46,8 @@ class EdgeApp:
 
 def run_edge(port: int) -> None:
     from edge.config import EdgeConfig
-    from edge.serving import bind, serving
+    from edge.serving import serving
+    from shared.listening import bind
 
     async def run() -> None:
         with closing(bind(f"127.0.0.1:{port}", setting="PORT")) as listener:

@@ -12,9 +12,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 from edge.config import EdgeConfig
 from edge.contracts import Contracts, MethodInfo
-from edge.serving import bind, serving
+from edge.serving import serving
 from edge.wiring import Surroundings, open_edge
 from shared.clock import SystemClock
+from shared.listening import bind
 from shared.rpc.client import Upstreams
 from tests.integration.edge.case import CASES, Case
 from tests.integration.edge.echo import Echo, Script, code_number

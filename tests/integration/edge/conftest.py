@@ -19,10 +19,12 @@ import pytest
 from edge.app import EdgeApp
 from edge.config import EdgeConfig
 from edge.contracts import Contracts
-from edge.serving import bind, serving
+from edge.serving import serving
 from edge.wiring import Surroundings, open_edge
 from shared.clock import SystemClock
+from shared.listening import bind
 from shared.rpc.client import Upstreams
+from shared.telemetry.metrics import Metrics
 from tests.integration.edge.behind import Behind
 from tests.integration.edge.bench import Bench, open_bench
 from tests.integration.edge.duplex import Duplex
@@ -82,10 +84,13 @@ def start_edge(behind: Behind, valkey_url: str) -> StartEdge:
         valkey: str = valkey_url,
         behind: Behind = behind,
         is_ready: bool = True,
+        metrics: Metrics | None = None,
     ) -> AsyncIterator[Edge]:
         config = replace(config or EdgeConfig(drain_s=1.0), listen="127.0.0.1:0")
         upstreams = Upstreams.parse(f"*={behind.address}")
-        around = Surroundings(upstreams, behind.edge_signer, valkey, SystemClock())
+        around = Surroundings(
+            upstreams, behind.edge_signer, valkey, SystemClock(), metrics=metrics or Metrics()
+        )
         async with AsyncExitStack() as stack:
             listener = stack.enter_context(closing(bind(config.listen, setting="listen")))
             yield await stack.enter_async_context(

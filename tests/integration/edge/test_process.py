@@ -11,6 +11,7 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -40,28 +41,28 @@ async def start(environ: dict[str, str]) -> Process:
 
 
 @asynccontextmanager
-async def running(environ: dict[str, str]) -> AsyncIterator[tuple[Process, str]]:
+async def running(environ: dict[str, str]) -> AsyncIterator[tuple[Process, dict[str, Any]]]:
+    """A process, and the line in which it says where it serves."""
     process = await start(environ)
     try:
-        yield process, await url_of(process)
+        yield process, await told_by(process)
     finally:
         send_signal(process, signal.SIGKILL)
         await process.communicate()
 
 
-async def url_of(process: Process) -> str:
-    """The line in which the edge says where it serves."""
+async def told_by(process: Process) -> dict[str, Any]:
     assert process.stdout is not None
     async with asyncio.timeout(START_TIMEOUT_S):
         async for line in process.stdout:
             if json.loads(line).get("event") == "serving":
-                return str(json.loads(line)["url"])
+                return json.loads(line)
     raise AssertionError("it ended without serving")
 
 
 async def test_it_serves_says_where_and_drains_on_sigterm(behind, tmp_path):
-    async with running(environment(behind, tmp_path)) as (process, url):
-        async with httpx.AsyncClient(base_url=url, timeout=10) as client:
+    async with running(environment(behind, tmp_path)) as (process, told):
+        async with httpx.AsyncClient(base_url=told["url"], timeout=10) as client:
             until = time.monotonic() + START_TIMEOUT_S
             while (await client.get("/readyz")).status_code != 200:
                 assert time.monotonic() < until
@@ -119,8 +120,8 @@ async def test_it_starts_before_its_services_and_becomes_ready_with_them(tmp_pat
     environ = environment(late, tmp_path)
     await late.stop()
     async with (
-        running(environ) as (_, url),
-        httpx.AsyncClient(base_url=url, timeout=10) as client,
+        running(environ) as (_, told),
+        httpx.AsyncClient(base_url=told["url"], timeout=10) as client,
     ):
         answer = await client.get("/readyz")
         assert answer.status_code == 503

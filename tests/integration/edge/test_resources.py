@@ -17,9 +17,10 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 
 from edge.config import EdgeConfig
 from edge.contracts import ContractError, Contracts, MethodInfo
-from edge.serving import bind, serving
+from edge.serving import serving
 from edge.wiring import Surroundings, open_edge
 from shared.clock import SystemClock
+from shared.listening import bind
 from shared.rpc.client import Upstreams
 from tests.integration.edge.echo import Echo, Script, code_number
 from tests.protos import ROOT, compile_protos
