@@ -115,8 +115,15 @@ def _surroundings(config: EdgeConfig, process: ProcessConfig) -> Surroundings:
     if not is_foreign:
         key = read_identity_key(process.identity_path, EDGE_ISSUER)
         signer = IdentitySigner(EDGE_ISSUER, key)
-    metrics = Metrics(is_served=bool(process.metrics_listen))
-    return Surroundings(upstreams, signer, process.valkey_url, SystemClock(), _tls(config), metrics)
+    return Surroundings(
+        upstreams,
+        signer,
+        process.valkey_url,
+        SystemClock(),
+        _tls(config),
+        Metrics(is_served=bool(process.metrics_listen)),
+        Path(process.quota_plans) if process.quota_plans else None,
+    )
 
 
 def _tls(config: EdgeConfig) -> ClientTls | None:

@@ -45,6 +45,13 @@ def _details(error: TenfoldError, told: dict[str, Any]) -> Iterator[dict[str, An
             for violation in told["violations"]
         ]
         yield {"@type": f"{_TYPE}BadRequest", "fieldViolations": violations}
+    if "violated-policies" in told:
+        subjects = error.metadata.get("subject", "")
+        quotas = [
+            {"subject": subjects, "description": told["detail"], "quotaId": name}
+            for name in told["violated-policies"]
+        ]
+        yield {"@type": f"{_TYPE}QuotaFailure", "violations": quotas}
     if error.retry_after_s is not None and not isinstance(error, Internal):
         # In whole seconds, as Retry-After.
         seconds = max(0, math.ceil(error.retry_after_s))

@@ -92,7 +92,7 @@ class Api:
         )
         documents = _documents(openapi, title)
         require_reachable(routes, {*documents, *HEALTH_PATHS})
-        prices = prices_of(routes.all_routes, config.quotas())
+        prices = prices_of(routes.all_routes)
         return cls(methods, routes, prices, forwarding, documents)
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from edge import charges as charging
 from edge.auth import Authenticator, authorize
 from edge.calls import Calls
-from edge.charges import Charges
+from edge.charges import Charge, Charges
 from edge.connect import refusal_of
 from edge.connect_calls import ConnectCalls
 from edge.cors import Cors, is_preflight
@@ -21,9 +21,9 @@ from edge.health import Readiness
 from edge.http1 import HeaderList, Http1Request
 from edge.measures import Measures
 from edge.problem import ErrorTeller, problem_of, status_of
-from edge.quota import Quota
-from edge.quota_store import LocalQuotaStore
+from edge.quota_store import LocalQuotaStore, Verdict
 from edge.refusals import (
+    ABNORMAL_USAGE,
     ClientLeft,
     MethodNotAllowed,
 )
@@ -38,6 +38,7 @@ from shared.errors import (
     TenfoldError,
     Unavailable,
 )
+from shared.quota.gcra import Quota
 from shared.telemetry.metrics import Metrics
 
 # What nginx logs for a client that closed before the answer; it is never sent.
@@ -144,8 +145,9 @@ class EdgeApp:
             self.measures.note_end(exchange)
             if log.writes_requests():
                 _write_line(exchange)
-        if exchange.charge is not None:
-            await self._parts.charges.settle(exchange.charge)
+        charge = exchange.charge
+        if charge is not None and charge.refund_points:
+            self._parts.charges.settle(charge)
 
     async def _serve(self, exchange: Exchange) -> None:
         """The boundary: whatever happens inside, the client gets one answer."""
@@ -196,7 +198,8 @@ class EdgeApp:
             self._bound_time(exchange)
             await self._authenticate(exchange)
             self._authorize(exchange)
-            await self._charge(exchange)
+            if not self._charge_now(exchange):
+                await self._charge(exchange)
             await self._call(exchange)
 
     # The steps, in their order
@@ -205,12 +208,13 @@ class EdgeApp:
         if self._in_flight > self._parts.limits.requests_max:
             raise Overloaded("The edge is full.", retry_after_s=OVERLOADED_RETRY_AFTER_S)
         block, quota = address_block(exchange.address), self._parts.limits.address
-        verdict = self._parts.addresses.spend_now(block, quota, 1)
-        if not verdict.is_allowed:
-            self.measures.note_decision(quota.name, verdict)
+        wait_s = self._parts.addresses.wait_s(block, quota)
+        if wait_s > 0:
+            self.measures.note_decision(quota.name, Verdict(False, wait_s))
             message = "Too many requests come from this address."
+            metadata = {"quota": quota.name, "subject": "address"}
             raise QuotaExceeded(
-                message, retry_after_s=verdict.retry_after_s, metadata={"quota": quota.name}
+                message, metadata=metadata, retry_after_s=wait_s, reason=ABNORMAL_USAGE
             )
 
     def _is_own(self, path: bytes) -> bool:
@@ -295,11 +299,23 @@ class EdgeApp:
     def _authorize(self, exchange: Exchange) -> None:
         authorize(exchange.call.method.policy, exchange.principal)
 
+    def _charge_now(self, exchange: Exchange) -> bool:
+        """Charge the call without waiting, which is how most are; False if that cannot be."""
+        block = address_block(exchange.address)
+        charge = self._parts.charges.charge_now(exchange.call, exchange.principal, block)
+        if charge is None:
+            return False
+        self._note(exchange, charge)
+        return True
+
     async def _charge(self, exchange: Exchange) -> None:
         block = address_block(exchange.address)
         charge = await self._parts.charges.charge(exchange.call, exchange.principal, block)
+        self._note(exchange, charge)
+
+    def _note(self, exchange: Exchange, charge: Charge) -> None:
         exchange.charge = charge
-        self.measures.note_decision(charge.price.quota.name, charge.verdict)
+        self.measures.note_decision(charge.price.bucket, charge.verdict)
         if not charge.verdict.is_allowed:
             raise charging.refuse(charge)
 

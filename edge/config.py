@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 
 from edge.codec import CodecOptions
-from edge.quota import Quota
+from shared.quota.gcra import Quota
+from shared.quota.keys import Level
+from shared.quota.plans import DEFAULT_PLAN, Plans
 
 ERROR_PROBLEM, ERROR_GOOGLE = "problem", "google"
 
@@ -121,6 +123,13 @@ class EdgeConfig:
     api_burst_points: int = field(
         default=1200, metadata={"help": 'what the quota "api" holds', "min": 1}
     )
+    tenant_points_per_s: float = field(
+        default=20_000.0,
+        metadata={"help": 'refill of the quota "api", per tenant', "min": 0.001},
+    )
+    tenant_burst_points: int = field(
+        default=40_000, metadata={"help": 'what the quota "api" of a tenant holds', "min": 1}
+    )
     login_points_per_minute: float = field(
         default=60.0,
         metadata={"help": 'refill of the quota "login", per address block', "min": 0.001},
@@ -131,8 +140,17 @@ class EdgeConfig:
     address_points_per_s: float = field(
         default=5000.0, metadata={"help": "requests of one address block to one edge", "min": 1}
     )
+    quota_timeout_s: float = field(
+        default=0.1,
+        metadata={
+            "help": "after this long without Valkey's answer each edge spends its share",
+            "unit": "s",
+            "min": 0.001,
+        },
+    )
     edge_count: int = field(
-        default=1, metadata={"help": "edges that share each quota while Valkey is away", "min": 1}
+        default=1,
+        metadata={"help": "edges, at least, that share each quota while Valkey is away", "min": 1},
     )
     revocations_stale_s: float = field(
         default=60.0,
@@ -161,12 +179,17 @@ class EdgeConfig:
             pretty=self.json_pretty,
         )
 
-    def quotas(self) -> dict[str, Quota]:
-        """The quotas that contracts may name, by bucket."""
-        return {
-            "api": Quota("api", self.api_burst_points, 1 / self.api_points_per_s),
-            "login": Quota("login", self.login_burst_points, 60 / self.login_points_per_minute),
+    def plans(self) -> Plans:
+        """The limits of every tenant, where no file and no operator says otherwise."""
+        api = Quota("api", self.api_burst_points, 1 / self.api_points_per_s)
+        tenant = Quota("api", self.tenant_burst_points, 1 / self.tenant_points_per_s)
+        login = Quota("login", self.login_burst_points, 60 / self.login_points_per_minute)
+        limits = {
+            ("api", Level.CREDENTIAL): api,
+            ("api", Level.TENANT): tenant,
+            ("login", Level.ADDRESS): login,
         }
+        return Plans({DEFAULT_PLAN: limits})
 
     def address_quota(self) -> Quota:
         """What one address block may ask of this edge: two seconds' worth at once."""

@@ -45,10 +45,11 @@ class Measures:
         )
         self._decisions = metrics.counter(
             "tenfold_quota_decisions_total",
-            "Quota decisions; mode local: by this edge's share, while the store is away.",
+            "Quota decisions; path: leased and known took no question, asked took one, local was "
+            "by this edge alone.",
             "quota",
             "decision",
-            "mode",
+            "path",
         )
 
     def note_end(self, exchange: Exchange) -> None:
@@ -69,7 +70,7 @@ class Measures:
     def note_decision(self, quota: str, verdict: Verdict) -> None:
         """Count what a quota said."""
         decision = "allowed" if verdict.is_allowed else "refused"
-        self._decisions.of(quota, decision, "local" if verdict.is_local else "usual").value += 1
+        self._decisions.of(quota, decision, verdict.path).value += 1
 
     def _bound(self, exchange: Exchange) -> Histogram:
         route, method, status = exchange.route, exchange.method, exchange.status

@@ -5,30 +5,71 @@ Loaded only there: an edge in front of another's server needs neither, and start
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
+from secrets import token_hex
 
+from edge.accounts import Accounts
 from edge.auth import ApiKeys, Authenticator, SigningKeys, has_valid_checksum
 from edge.auth_client import EndingRevocations, RpcAuthClient
-from edge.quota_store import LocalQuotaStore, QuotaStore
-from edge.quota_valkey import FallbackQuotaStore, ValkeyQuotaStore, open_valkey
+from edge.live_plans import LivePlans
+from edge.quota_valkey import ValkeyQuotas, open_valkey
 from edge.streams import OpenStreams
+from edge.valkey import ValkeyConnection, ValkeyError
 from shared.clock import Clock
 from shared.identity import AccessTokenVerifier, CredentialRevoked
 from shared.identity_feed import run_revocation_feed
 from shared.lifecycle import Loop
+from shared.quota.keys import EFFECTIVE_KEY, OVERRIDES_KEY
 from shared.rpc.client import Channels
+
+# How often an edge says that it is alive and looks for changed plans; and how often it looks
+# whether Valkey is back.
+BEAT_S, PROBE_S = 1.0, 0.2
+# What the edges obey is told to operators for this long after the last edge has gone.
+EFFECTIVE_KEPT_S = 60
 
 
 @asynccontextmanager
-async def open_quota_store(
-    valkey_url: str, *, edge_count: int, clock: Clock
-) -> AsyncIterator[QuotaStore]:
-    """Quotas of all edges, in Valkey; while it is away, this edge's share."""
-    async with open_valkey(valkey_url) as client:
-        yield FallbackQuotaStore(
-            ValkeyQuotaStore(client), LocalQuotaStore(clock), edge_count=edge_count, clock=clock
-        )
+async def open_quotas(
+    valkey_url: str,
+    plans: LivePlans,
+    accounts: Accounts,
+    *,
+    edges_min: int,
+    timeout_s: float,
+    clock: Clock,
+) -> AsyncIterator[ValkeyQuotas]:
+    """Quotas of all edges, in Valkey; it keeps up with plans, resets and other edges while open."""
+    async with open_valkey(valkey_url, timeout_s=timeout_s) as client:
+        quotas = ValkeyQuotas(client, clock, edge=token_hex(8), edges_min=edges_min)
+        async with _running(partial(_keep_up, quotas, plans, accounts, client)):
+            yield quotas
+        await quotas.close()
+
+
+async def _keep_up(
+    quotas: ValkeyQuotas, plans: LivePlans, accounts: Accounts, client: ValkeyConnection
+) -> None:
+    revision: str | None = ""
+    while True:
+        await plans.refresh()
+        heard = await quotas.beat()
+        if heard is not None:
+            with suppress(ValkeyError, TimeoutError, OSError):  # told again, at the next beat
+                if heard != revision:
+                    plans.override(_texts(await client.execute("HGETALL", OVERRIDES_KEY)))
+                    accounts.forget()  # a bucket may have been reset
+                    revision = heard
+                kept_s = str(EFFECTIVE_KEPT_S)
+                await client.execute("SET", EFFECTIVE_KEY, plans.as_json(), "EX", kept_s)
+        await asyncio.sleep(PROBE_S if quotas.is_away else BEAT_S)
+
+
+def _texts(flat: list[bytes]) -> dict[str, str]:
+    """A hash as Valkey answers it: field, value, field, value."""
+    texts = [part.decode(errors="replace") for part in flat]
+    return dict(zip(texts[::2], texts[1::2], strict=True))
 
 
 @asynccontextmanager

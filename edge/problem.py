@@ -16,7 +16,7 @@ import orjson
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from edge.fields import descriptor_of, is_map, map_fields
-from edge.refusals import HttpRefusal, PreconditionFailed
+from edge.refusals import ABNORMAL_USAGE, CAPACITY_REDUCED, HttpRefusal, PreconditionFailed
 from edge.routes import Route
 from shared import errors
 from shared.errors import ERROR_DOMAIN, InvalidRequest, TenfoldError, Violation
@@ -25,6 +25,23 @@ from shared.rpc.status import code_of
 CONTENT_TYPE = "application/problem+json"
 # What a caller sees of a bug: nothing of it.
 INTERNAL_DETAIL = "Something failed on our side. The request id finds it in our log."
+
+# draft-ietf-httpapi-ratelimit-headers-10, section 5: by a reason, else by an error class.
+_IANA = "https://iana.org/assignments/http-problem-types#"
+_QUOTA_TYPES: Mapping[str, tuple[str, str]] = {
+    ABNORMAL_USAGE: (
+        f"{_IANA}abnormal-usage-detected",
+        "Request not satisfied due to detection of abnormal request pattern",
+    ),
+    CAPACITY_REDUCED: (
+        f"{_IANA}temporary-reduced-capacity",
+        "Request cannot be satisfied due to temporary server capacity constraints",
+    ),
+}
+_QUOTA_EXCEEDED = (
+    f"{_IANA}quota-exceeded",
+    "Request cannot be satisfied as assigned quota has been exceeded",
+)
 
 # The canonical table of google.rpc.Code, by error class. Two rows differ from their code's:
 # a server that is full is 503 and not the caller's 429, and a reused key is 422 (the
@@ -106,6 +123,8 @@ def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = No
     document = _document(status, code_of(error).name, error.error_reason, detail, request_id)
     if error.metadata and not isinstance(error, errors.Internal):
         document["details"] = dict(sorted(error.metadata.items()))
+    if isinstance(error, errors.QuotaExceeded) or error.error_reason in _QUOTA_TYPES:
+        _tell_of_quota(document, error)
     if isinstance(error, InvalidRequest) and error.violations:
         told = [_violation(violation, route) for violation in error.violations]
         document["violations"] = told
@@ -113,6 +132,17 @@ def problem_of(error: TenfoldError, *, request_id: str, route: Route | None = No
         if detail.startswith(prefix):  # InvalidRequest.of_field: say it in JSON names too
             document["detail"] = f"{told[0]['field']}: {detail.removeprefix(prefix)}"
     return Problem(status, document, {"content-type": CONTENT_TYPE} | headers_of(error))
+
+
+def _tell_of_quota(document: dict[str, Any], error: TenfoldError) -> None:
+    """Give the document the type and the member that the RateLimit draft has for quotas.
+
+    A quota of a service is no policy that a RateLimit field names: its reason stands for it.
+    """
+    kind = _QUOTA_TYPES.get(error.error_reason, _QUOTA_EXCEEDED)
+    document["type"], document["title"] = kind
+    names = error.metadata.get("quota") or error.error_reason.lower().replace("_", "-")
+    document["violated-policies"] = names.split(",")
 
 
 def headers_of(error: TenfoldError) -> dict[str, str]:

@@ -9,6 +9,10 @@ from typing import ClassVar
 
 from shared.errors import FailedPrecondition, InvalidRequest, Violation
 
+# Reasons of refusals that have problem types of their own: one address asks for more than any
+# caller would; less can be served than the caller's quota says.
+ABNORMAL_USAGE, CAPACITY_REDUCED = "ABNORMAL_USAGE", "CAPACITY_REDUCED"
+
 
 class HttpRefusal(InvalidRequest):
     """The request breaks a rule of HTTP itself."""

@@ -15,6 +15,8 @@ from redis.asyncio.connection import parse_url
 
 # Commands without an answer yet; more than a healthy Valkey ever lets wait.
 PENDING_MAX = 10_000
+# A loop that was held up finds timers due before it has read what has come meanwhile.
+READ_FIRST_S = 0.01
 
 
 class ValkeyError(Exception):
@@ -105,6 +107,7 @@ class _Wire(asyncio.Protocol):
         self._pending: deque[tuple[asyncio.Future[Any], float]] = deque()
         self._unwritten: list[bytes] = []
         self._watch: asyncio.TimerHandle | None = None
+        self._late: asyncio.Future[Any] | None = None
         self.is_closed = False
 
     async def send(self, command: bytes) -> Any:  # noqa: ANN401 - whatever RESP holds
@@ -171,11 +174,13 @@ class _Wire(asyncio.Protocol):
         self._watch = None
         if not self._pending:
             return
-        left_s = self._pending[0][1] - self._loop.time()
-        if left_s <= 0:
+        oldest, due_s = self._pending[0]
+        left_s = due_s - self._loop.time()
+        if left_s <= 0 and self._late is oldest:
             self.end(TimeoutError("Valkey does not answer"))
-        else:
-            self._watch = self._loop.call_later(left_s, self._end_if_late)
+            return
+        self._late = oldest if left_s <= 0 else None
+        self._watch = self._loop.call_later(max(left_s, READ_FIRST_S), self._end_if_late)
 
 
 def encode(*words: str | bytes) -> bytes:

@@ -5,20 +5,22 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge.accounts import Accounts
 from edge.aip193 import google_error_of
 from edge.api import Api, foreign_api, own_api
 from edge.app import EdgeApp, Limits, Parts
 from edge.auth import Authenticator
 from edge.calls import CallLimits, Calls
-from edge.charges import Charges
+from edge.charges import Charges, require_payable
 from edge.config import ERROR_GOOGLE, EdgeConfig
 from edge.connect_calls import ConnectCalls
 from edge.contracts import load_contracts
 from edge.cors import Cors
 from edge.foreign import Tell, contracts_of_file, contracts_of_servers, opened, require_upstreams
 from edge.health import Readiness
+from edge.live_plans import LivePlans
 from edge.problem import problem_of
-from edge.quota_store import LocalQuotaStore, QuotaStore
+from edge.quota_store import LocalQuotas, LocalQuotaStore, QuotaStore
 from edge.streams import OpenStreams
 from edge.upstream import Upstream
 from shared import log
@@ -43,6 +45,7 @@ class Surroundings:
         clock: where time comes from.
         tls: how to speak to the upstreams; None for plaintext.
         metrics: where every part counts what it does.
+        quota_plans: a file, see shared.quota.plans; None for none.
     """
 
     upstreams: Upstreams
@@ -51,6 +54,7 @@ class Surroundings:
     clock: Clock
     tls: ClientTls | None = None
     metrics: Metrics = field(default_factory=Metrics)
+    quota_plans: Path | None = None
 
 
 async def load_api(config: EdgeConfig, around: Surroundings, tell: Tell) -> Api:
@@ -75,12 +79,16 @@ async def load_api(config: EdgeConfig, around: Surroundings, tell: Tell) -> Api:
         contracts = load_contracts()
     methods = [m for m in contracts.methods() if services is None or m.service in services]
     if around.signer is not None:
-        return own_api(contracts, methods, config)
+        api = own_api(contracts, methods, config)
+        live_plans(config, around, api)
+        return api
     served = opened(methods, allow_anonymous=config.allow_anonymous)
     require_upstreams(served.methods, around.upstreams)
     for sentence in served.left_out:
         tell(f"not served: {sentence}")
-    return foreign_api(contracts, served.methods, config)
+    api = foreign_api(contracts, served.methods, config)
+    live_plans(config, around, api)
+    return api
 
 
 @asynccontextmanager
@@ -111,7 +119,10 @@ async def open_edge(
             metrics=around.metrics,
         )
         stack.push_async_callback(channels.close)
-        store = await _quota_store(stack, config, around)
+        plans = live_plans(config, around, api)
+        accounts = Accounts(plans.limit)
+        plans.on_change = accounts.forget
+        store = await _quota_store(stack, config, around, plans, accounts)
         authenticator = await _authenticator(stack, config, around, channels, open_streams)
         upstream, limits = Upstream(channels, around.signer), _call_limits(config)
         calls = Calls(
@@ -128,7 +139,7 @@ async def open_edge(
                 routes=api.routes,
                 calls=calls,
                 connect_calls=ConnectCalls(upstream, calls, limits, api.forwarding),
-                charges=Charges(store, api.prices),
+                charges=Charges(store, api.prices, accounts),
                 addresses=LocalQuotaStore(around.clock),
                 limits=Limits(config.requests_max, config.address_quota()),
                 cors=Cors(config.origins, api.routes, api.forwarding),
@@ -143,16 +154,46 @@ async def open_edge(
         )
 
 
+def live_plans(config: EdgeConfig, around: Surroundings, api: Api) -> LivePlans:
+    """The limits that the calls of an API meet.
+
+    Raises:
+        ConfigError: the file of plans is wrong: it names the key.
+        ContractError: a full bucket could not pay for some method.
+    """
+    buckets = frozenset(price.bucket for price in api.prices.values())
+    plans = LivePlans(config.plans(), buckets, around.quota_plans)
+    require_payable(api.prices, plans.current)
+    return plans
+
+
 async def _quota_store(
-    stack: AsyncExitStack, config: EdgeConfig, around: Surroundings
+    stack: AsyncExitStack,
+    config: EdgeConfig,
+    around: Surroundings,
+    plans: LivePlans,
+    accounts: Accounts,
 ) -> QuotaStore:
     if around.signer is None:
-        return LocalQuotaStore(around.clock)
-    from edge.mesh import open_quota_store
+        return LocalQuotas(around.clock)
+    from edge.mesh import open_quotas
 
-    return await stack.enter_async_context(
-        open_quota_store(around.valkey_url, edge_count=config.edge_count, clock=around.clock)
+    opened = open_quotas(
+        around.valkey_url,
+        plans,
+        accounts,
+        edges_min=config.edge_count,
+        timeout_s=config.quota_timeout_s,
+        clock=around.clock,
     )
+    quotas = await stack.enter_async_context(opened)
+    away = around.metrics.gauge(
+        "tenfold_quota_store_away", "Whether this edge decides alone: Valkey does not answer."
+    )
+    edges = around.metrics.gauge("tenfold_quota_edges", "How many edges share each bucket.")
+    around.metrics.watch(away, lambda: quotas.is_away)
+    around.metrics.watch(edges, lambda: quotas.edge_count)
+    return quotas
 
 
 async def _authenticator(

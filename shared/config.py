@@ -133,6 +133,13 @@ class ProcessConfig:
         default="redis://127.0.0.1:6379",
         metadata={"help": "the Valkey server", "secret": True},
     )
+    quota_plans: str = field(
+        default="",
+        metadata={
+            "help": "TOML file of quota plans; empty for the limits of the settings "
+            "TENFOLD_EDGE_..._POINTS..."
+        },
+    )
     upstreams: str = field(
         default="",
         metadata={"help": "package=host:port,…: who serves what; empty for TENFOLD_LISTEN"},

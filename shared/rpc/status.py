@@ -118,11 +118,16 @@ def _bad_request(error: InvalidRequest) -> error_details_pb2.BadRequest:
 
 
 def _quota_failure(error: errors.QuotaExceeded) -> error_details_pb2.QuotaFailure:
+    """One violation per quota that is used up; the subject says who shares it."""
     detail = error_details_pb2.QuotaFailure()
-    detail.violations.add(
-        subject=error.metadata.get("subject", ""),
-        description=error.message[:VIOLATION_CHARACTERS_MAX],
-    )
+    names = error.metadata.get("quota", "").split(",")
+    subjects = error.metadata.get("subject", "").split(",")
+    for place, name in enumerate(names[:VIOLATIONS_MAX]):
+        violation = detail.violations.add(
+            subject=subjects[min(place, len(subjects) - 1)],
+            description=error.message[:VIOLATION_CHARACTERS_MAX],
+        )
+        violation.quota_id = name
     return detail
 
 

@@ -85,8 +85,14 @@ def start_edge(behind: Behind, valkey_url: str) -> StartEdge:
         behind: Behind = behind,
         is_ready: bool = True,
         metrics: Metrics | None = None,
+        quota_timeout_s: float = 5.0,
     ) -> AsyncIterator[Edge]:
-        config = replace(config or EdgeConfig(drain_s=1.0), listen="127.0.0.1:0")
+        config = replace(
+            config or EdgeConfig(drain_s=1.0),
+            listen="127.0.0.1:0",
+            # Other tests' load must not look like an outage.
+            quota_timeout_s=quota_timeout_s,
+        )
         upstreams = Upstreams.parse(f"*={behind.address}")
         around = Surroundings(
             upstreams, behind.edge_signer, valkey, SystemClock(), metrics=metrics or Metrics()

@@ -1,10 +1,10 @@
-"""GCRA arithmetic: edge/quota.py."""
+"""GCRA arithmetic: shared/quota/gcra.py."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.quota import Quota, give_back, spend
+from shared.quota.gcra import Quota, give_back, spend
 
 NOW = 10**15
 LONG_AGO = 0

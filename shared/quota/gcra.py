@@ -42,8 +42,8 @@ class Quota:
 
     @cached_property
     def window_s(self) -> int:
-        """Seconds in which an empty bucket fills, rounded up."""
-        return math.ceil(self.burst_us / 1_000_000)
+        """Seconds in which an empty bucket fills; see whole_seconds."""
+        return whole_seconds(self.burst_us)
 
     def share(self, part: float) -> "Quota":
         """This quota cut to a part of its rate and its burst, at least one point.
@@ -53,6 +53,11 @@ class Quota:
         """
         burst_points = max(1, math.floor(self.burst_points * part))
         return Quota(self.name, burst_points, self.refill_s / part)
+
+
+def whole_seconds(microseconds: int) -> int:
+    """Seconds, 1 or more, rounded up; but what the rounding of refill_us adds is no second."""
+    return max(1, (microseconds + 990_000) // 1_000_000)
 
 
 class Decision(NamedTuple):
