@@ -13,17 +13,19 @@ bucket, and the `version` of a row grows by one with each update.
 import hashlib
 import re
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from shared.db.errors import DatabaseDamaged, DatabaseRefused, MigrationRefused
 from shared.db.sql import WRITABLE_STATES, to_sqlite
 
+Engine = Literal["sqlite", "postgres"]
 FRAMEWORK_MIGRATIONS = Path(__file__).parent / "migrations"
 _FILE_NAME = re.compile(r"(?P<number>\d{4})_(?P<what>[a-z0-9_]+)(?:\.(?P<engine>sqlite|postgres))?")
-_UNGUARDED_PREFIX = "tenfold_"
+UNGUARDED_PREFIX = "tenfold_"
 # What is wrong around the file, not in it: locked, full, forbidden, gone.
 _OUTSIDE_CODES = frozenset(
     {
@@ -35,11 +37,14 @@ _OUTSIDE_CODES = frozenset(
         sqlite3.SQLITE_READONLY,
     }
 )
-_CREATE_MIGRATION_TABLE = """
+CREATE_MIGRATION_TABLE = """
 CREATE TABLE IF NOT EXISTS tenfold_migration (
     area text NOT NULL, number bigint NOT NULL, name text NOT NULL, sha256 text NOT NULL,
     PRIMARY KEY (area, number))
 """
+
+
+SELECT_APPLIED = "SELECT area, number, name, sha256 FROM tenfold_migration ORDER BY area, number"
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Migration:
     text: str
 
 
-def load_migrations(folder: Path, *, area: str, engine: str = "sqlite") -> list[Migration]:
+def load_migrations(folder: Path, *, area: str, engine: Engine = "sqlite") -> list[Migration]:
     """The files of one folder for one engine, by number.
 
     Raises:
@@ -85,6 +90,16 @@ def load_migrations(folder: Path, *, area: str, engine: str = "sqlite") -> list[
     return found
 
 
+def tables_made_by(migrations: Sequence[Migration]) -> frozenset[str]:
+    """The tables that these files create, and the one that remembers them."""
+    made: set[str] = {"tenfold_migration"}
+    for migration in migrations:
+        for line in migration.text.splitlines():
+            if line.startswith("CREATE TABLE "):
+                made.add(line.split()[2])
+    return frozenset(made)
+
+
 def migrate_sqlite(path: Path, migrations: Sequence[Migration]) -> None:
     """Bring one file to the newest schema, creating it if there is none.
 
@@ -100,8 +115,9 @@ def migrate_sqlite(path: Path, migrations: Sequence[Migration]) -> None:
     """
     with sqlite_file(path) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute(_CREATE_MIGRATION_TABLE)
-        _refuse_misfit(connection, path, migrations)
+        connection.execute(CREATE_MIGRATION_TABLE)
+        applied = connection.execute(SELECT_APPLIED).fetchall()
+        refuse_misfit(applied, str(path), migrations)
         for migration in migrations:
             _apply(connection, migration)
         _refresh_triggers(connection)
@@ -151,26 +167,33 @@ def _refuse_damage(connection: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def _refuse_misfit(
-    connection: sqlite3.Connection, path: Path, migrations: Sequence[Migration]
+def refuse_misfit(
+    applied: Iterable[Sequence[Any]], place: str, migrations: Sequence[Migration]
 ) -> None:
+    """Compare what a shard has applied with the files.
+
+    Args:
+        applied: rows of SELECT_APPLIED.
+        place: names the shard to the operator.
+        migrations: of every area.
+
+    Raises:
+        MigrationRefused: a newer version was there, or a file was changed or removed.
+    """
     known = {(migration.area, migration.number): migration for migration in migrations}
     newest = {migration.area: migration.number for migration in migrations}
-    applied = connection.execute(
-        "SELECT area, number, name, sha256 FROM tenfold_migration ORDER BY area, number"
-    )
-    for area, number, name, sha256 in applied.fetchall():
+    for area, number, name, sha256 in applied:
         migration = known.get((area, number))
         if migration is None and number > newest.get(area, 0):
             raise MigrationRefused(
-                f"{path} was written by a newer version (migration {name} of {area} is unknown "
+                f"{place} was written by a newer version (migration {name} of {area} is unknown "
                 "here): start that version or a later one"
             )
         if migration is None:
-            raise MigrationRefused(f"{path} has migration {name} of {area}, whose file is missing")
+            raise MigrationRefused(f"{place} has migration {name} of {area}, whose file is missing")
         if migration.sha256 != sha256:
             raise MigrationRefused(
-                f"migration {migration.name} of {area} was changed after {path} applied it: "
+                f"migration {migration.name} of {area} was changed after {place} applied it: "
                 "put it back and write a new one"
             )
 
@@ -237,7 +260,7 @@ def _triggers(connection: sqlite3.Connection) -> Iterator[tuple[str, str]]:
         "ESCAPE '~' ORDER BY name"
     )
     for (table,) in tables.fetchall():
-        if table.startswith(_UNGUARDED_PREFIX):
+        if table.startswith(UNGUARDED_PREFIX):
             continue
         columns = connection.execute(f"PRAGMA table_info({table})").fetchall()
         names = {column[1] for column in columns}

@@ -6,10 +6,11 @@ business rows, the idempotency row and outbox rows commit together.
 
 SQL is written once, in the subset both engines speak: $1 parameters, types
 uuid, text, bigint, smallint, bytea and boolean, moments as bigint microseconds
-(shared.clock.to_us), RETURNING, ON CONFLICT. A trailing FOR UPDATE is honoured
-by Postgres; SQLite's writer is alone anyway. RETURNING gives a row as the statement wrote it,
-before triggers: what a trigger computes (version, a balance) is read by a SELECT. A uuid
-comes back as UUID from any result column that is, or is named like, a uuid column of the
+(shared.clock.to_us), RETURNING, ON CONFLICT. No min or max of uuids: Postgres below 18 has none.
+A trailing FOR UPDATE is honoured
+by Postgres; SQLite's writer is alone anyway. RETURNING on SQLite gives a row as the statement
+wrote it, before triggers: what a trigger computes (version, a balance) is read by a SELECT. A
+uuid comes back as UUID from any result column that is, or is named like, a uuid column of the
 schema; an aggregate under another name gives bytes on SQLite.
 
 Every statement on a service's own table filters by tenant; one that must not says
@@ -25,6 +26,13 @@ from uuid import UUID
 from shared.identity import Principal
 
 Row = Mapping[str, Any]
+
+
+def only(rows: Sequence[Row]) -> Row | None:
+    """The only row, or None. Several are a bug: ValueError."""
+    if len(rows) > 1:
+        raise ValueError(f"{len(rows)} rows where at most one was expected")
+    return rows[0] if rows else None
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
-import orjson
-
 from shared import deadline
 from shared.clock import Clock, to_us
-from shared.crashpoints import CrashPoint
 from shared.db import once as once_rules
 from shared.db import sqlite_files
+from shared.db.crash_points import CLAIMED_NOT_EFFECTED
 from shared.db.ids import BUCKET_COUNT, bucket_of, new_id
-from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction
+from shared.db.limits import RETRY_AFTER_S
+from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
+from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction, only
 from shared.db.shards import BucketMap
 from shared.db.sql import OWNED_STATES, WRITABLE_STATES
 from shared.db.sqlite_connection import (
-    RETRY_AFTER_S,
     Connection,
     Schema,
     Synchronous,
@@ -40,22 +39,6 @@ from shared.errors import DeadlineExceeded, FailedPrecondition, Overloaded, Unav
 READERS_MAX = 4
 READS_WAITING_MAX = 1024
 READ_S_MAX = 10.0
-EVERY_BUCKET = -1
-
-CLAIMED_NOT_EFFECTED = CrashPoint(
-    "db.claimed_not_effected", "the key is claimed in its home bucket, its effect has not begun"
-)
-
-_NEXT_EVENT_NO = """
-INSERT INTO event_counter (bucket, aggregate, event_no) VALUES ($1, $2, 1)
-ON CONFLICT (bucket, aggregate) DO UPDATE SET event_no = event_counter.event_no + 1
-RETURNING event_no
-"""
-_INSERT_OUTBOX = """
-INSERT INTO outbox (bucket, event_id, aggregate, event_no, subject, headers, payload,
-                    tenant, created_at_us)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
-"""
 _OWNED = f"SELECT bucket, epoch FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
 _WRITABLE = f"SELECT bucket FROM tenfold_bucket WHERE state IN {WRITABLE_STATES}"  # noqa: S608
 _GUARD = """
@@ -63,33 +46,6 @@ CREATE TEMP TRIGGER admitted_{table}_{operation} BEFORE {operation} ON main.{tab
 WHEN NOT tenfold_is_admitted({row}.bucket)
 BEGIN SELECT RAISE(ABORT, 'bucket_not_admitted: {table}'); END
 """
-
-
-def subject_of(row: OutboxRow, *, service: str, bucket: int) -> str:
-    """Where an outbox row is published: evt.<service>.<Type>.<bucket>, or wrk. for a job."""
-    target = bucket if row.bucket is None else row.bucket
-    if row.queue:
-        return f"wrk.{service}.{row.queue}.{target}"
-    return f"evt.{service}.{row.type.rpartition('.')[2]}.{target}"
-
-
-def numbered_as(row: OutboxRow, *, bucket: int) -> str:
-    """What an outbox row is numbered under.
-
-    Jobs and hops to another bucket do not reach those who read an aggregate's events in
-    order, so they are counted apart: else each would be a gap there.
-    """
-    if row.queue:
-        return f"{row.aggregate}#{row.queue}"
-    if row.bucket is not None and row.bucket != bucket:
-        return f"{row.aggregate}>{row.bucket}"
-    return row.aggregate
-
-
-def _only(rows: Sequence[Row]) -> Row | None:
-    if len(rows) > 1:
-        raise ValueError(f"{len(rows)} rows where at most one was expected")
-    return rows[0] if rows else None
 
 
 class SqliteTransaction:
@@ -118,7 +74,7 @@ class SqliteTransaction:
 
     async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
         """See Transaction.fetch_one."""
-        return _only(await self._turn.fetch(sql, arguments))
+        return only(await self._turn.fetch(sql, arguments))
 
     async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
         """See Transaction.fetch_all."""
@@ -130,19 +86,9 @@ class SqliteTransaction:
 
     async def append_outbox(self, row: OutboxRow) -> None:
         """See Transaction.append_outbox."""
-        if self._bucket == EVERY_BUCKET:
-            raise ValueError("an outbox row belongs to one bucket")
-        numbered = numbered_as(row, bucket=self._bucket)
-        counted = await self.fetch_one(_NEXT_EVENT_NO, self._bucket, numbered)
-        assert counted is not None
-        headers = {"tenfold-type": row.type, **row.headers, "tenfold-aggregate": row.aggregate}
-        await self.execute(
-            _INSERT_OUTBOX,
-            *(self._bucket, new_id(self._bucket), numbered, counted["event_no"]),
-            subject_of(row, service=self._shard.service, bucket=self._bucket),
-            orjson.dumps(headers).decode(),
-            *(row.payload, row.tenant, self._shard.now_us()),
-        )
+        now_us, event_id = self._shard.now_us(), new_id(max(self._bucket, 0))
+        service = self._shard.service
+        await insert_outbox_row(self, row, service=service, event_id=event_id, now_us=now_us)
         self._turn.has_outbox = True
 
     async def answer_with(self, payload: bytes) -> None:
@@ -172,7 +118,7 @@ class SqliteShard:
 
     async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
         """See Reader.fetch_one."""
-        return _only(await self.fetch_all(sql, *arguments))
+        return only(await self.fetch_all(sql, *arguments))
 
     async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
         """See Reader.fetch_all."""

@@ -16,19 +16,17 @@ from uuid import UUID
 
 import aiosqlite
 
+from shared.db import limits
 from shared.db.errors import BucketNotAdmitted, ConstraintViolation, UniqueViolation
+from shared.db.limits import CLOSE_S_MAX, RETRY_AFTER_S
 from shared.db.port import Row
-from shared.db.sql import STATEMENTS_CACHED_MAX, to_sqlite, to_sqlite_value
+from shared.db.sql import to_sqlite, to_sqlite_value
+from shared.db.tenancy import TenantCheck
 from shared.errors import DeadlineExceeded, TenfoldError, Unavailable
 
 Synchronous = Literal["FULL", "NORMAL"]
-# No statement of a request may hold its connection longer.
-STATEMENT_S_MAX = 5.0
-CLOSE_S_MAX = 5.0
 BUSY_TIMEOUT_MS = 5000
-RETRY_AFTER_S = 0.5
 _UUID_BYTES = 16
-_ANY_TENANT = "/* any tenant"
 
 sqlite3.register_converter("uuid", lambda content: UUID(bytes=content))
 sqlite3.register_converter("boolean", lambda content: content != b"0")
@@ -63,7 +61,7 @@ class Connection:
     def __init__(self, connection: aiosqlite.Connection, schema: Schema) -> None:
         self.raw = connection
         self.schema = schema
-        self._checked: set[str] = set()
+        self._tenants = TenantCheck(schema.tenant_tables)
 
     @property
     def in_transaction(self) -> bool:
@@ -104,30 +102,19 @@ class Connection:
             await self.raw.close()
 
     async def _bounded(self, sql: str, arguments: Sequence[object], *, fetch: bool = False) -> Any:  # noqa: ANN401 - a cursor, or rows
-        self._check_tenant(sql)
+        self._tenants.require(sql)
         text, values = to_sqlite(sql), [to_sqlite_value(argument) for argument in arguments]
         call = self.raw.execute_fetchall if fetch else self.raw.execute
         try:
-            async with asyncio.timeout(STATEMENT_S_MAX):
+            async with asyncio.timeout(limits.STATEMENT_S_MAX):
                 return await call(text, values)
         except TimeoutError:
             await self.interrupt()
-            raise DeadlineExceeded(f"a statement ran longer than {STATEMENT_S_MAX:g} s") from None
+            raise DeadlineExceeded(
+                f"a statement ran longer than {limits.STATEMENT_S_MAX:g} s"
+            ) from None
         except sqlite3.Error as error:
             raise self.translate(error) from error
-
-    def _check_tenant(self, sql: str) -> None:
-        if sql in self._checked:
-            return
-        lowered = sql.lower()
-        if "tenant" not in lowered.replace(_ANY_TENANT, ""):
-            words = set(lowered.replace("(", " ").replace(",", " ").split())
-            for table in self.schema.tenant_tables & words:
-                if _ANY_TENANT not in lowered:
-                    raise ValueError(f"this statement uses {table} for no tenant: {sql}")
-        if len(self._checked) >= STATEMENTS_CACHED_MAX:
-            self._checked.clear()
-        self._checked.add(sql)
 
     def _rows(self, rows: Sequence[sqlite3.Row]) -> list[Row]:
         if not rows:

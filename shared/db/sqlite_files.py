@@ -16,6 +16,7 @@ from shared.db.migrate import (
     load_migrations,
     migrate_sqlite,
     sqlite_file,
+    tables_made_by,
 )
 from shared.db.shards import BucketMap, CoverageBroken
 from shared.db.sql import OWNED_STATES
@@ -74,7 +75,7 @@ def prepare(plan: Plan) -> Prepared:
         bucket_map = BucketMap.of_owners(owned, version=hint.version)
     except CoverageBroken as error:
         raise DatabaseRefused(f"{plan.folder} does not hold every bucket once: {error}") from error
-    framework = _tables_made_by(migrations[:framework_count])
+    framework = tables_made_by(migrations[:framework_count])
     schema, guarded = read_schema(paths[0], framework)
     return Prepared(paths, bucket_map, schema, guarded)
 
@@ -147,12 +148,3 @@ def _claim_buckets(
         ).fetchall()
         connection.execute("COMMIT")
         return [bucket for (bucket,) in owned]
-
-
-def _tables_made_by(migrations: list[Migration]) -> frozenset[str]:
-    made: set[str] = {"tenfold_migration"}
-    for migration in migrations:
-        for line in migration.text.splitlines():
-            if line.startswith("CREATE TABLE "):
-                made.add(line.split()[2])
-    return frozenset(made)

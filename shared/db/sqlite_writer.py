@@ -14,27 +14,20 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from shared import deadline
-from shared.crashpoints import CrashPoint
+from shared.db import limits
+from shared.db.crash_points import AFTER_COMMIT, BEFORE_COMMIT
+from shared.db.limits import CLOSE_S_MAX, RETRY_AFTER_S, bounded
 from shared.db.port import Row
-from shared.db.sqlite_connection import CLOSE_S_MAX, RETRY_AFTER_S, Connection, unavailable
+from shared.db.sqlite_connection import Connection, unavailable
 from shared.errors import DeadlineExceeded, Overloaded, TenfoldError, Unavailable
 
 # Turns that share one commit, and how long the first of them may wait for the others.
 GROUP_TURNS_MAX = 64
 GROUP_S_MAX = 0.020
-# A turn holds up every other writer of its file; a longer one is a bug, and is rolled back.
-TURN_S_MAX = 10.0
 # How long a turn is waited for by a caller that has no deadline.
 WAIT_S_MAX = 30.0
 WAITING_MAX = 4096
 
-BEFORE_COMMIT = CrashPoint(
-    "db.before_commit", "effects are written in the transaction, not committed"
-)
-AFTER_COMMIT = CrashPoint("db.after_commit", "the commit is durable, no caller knows it yet")
-
-_TOO_LONG = "the transaction took too long and was rolled back"
 _SAVEPOINT = "SAVEPOINT turn"
 _RELEASE = "RELEASE turn"
 _ROLLBACK_TO = "ROLLBACK TO turn"
@@ -139,7 +132,7 @@ class Writer:
             await self._wait_for(turn)
             async with (
                 self._held(),
-                _bounded(TURN_S_MAX, _TOO_LONG),
+                bounded(limits.TURN_S_MAX, limits.TURN_TOO_LONG),
             ):
                 yield turn
         except BaseException as error:
@@ -152,7 +145,7 @@ class Writer:
         await self._settle(turn)
         if not turn.ended.result():
             # The block went on after its time was up; the writer had given up on it.
-            raise DeadlineExceeded(_TOO_LONG)
+            raise DeadlineExceeded(limits.TURN_TOO_LONG)
 
     @asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:
@@ -176,7 +169,7 @@ class Writer:
         return turn
 
     async def _wait_for(self, turn: Turn) -> None:
-        async with _bounded(WAIT_S_MAX, "the time was spent waiting for the writer"):
+        async with bounded(WAIT_S_MAX, "the time was spent waiting for the writer"):
             error = await asyncio.shield(turn.given)
         if error is not None:
             raise error
@@ -250,7 +243,7 @@ class Writer:
         _resolve(turn.given, None)
         try:
             # The caller's own limit comes first; this one is for a caller that swallowed it.
-            async with asyncio.timeout(TURN_S_MAX * 1.5):
+            async with asyncio.timeout(limits.TURN_S_MAX * 1.5):
                 keep = await asyncio.shield(turn.ended)
         except TimeoutError:
             turn.end(keep=False)
@@ -285,15 +278,3 @@ class Writer:
 def _resolve(future: "asyncio.Future[Exception | None]", value: Exception | None) -> None:
     if not future.done():
         future.set_result(value)
-
-
-@asynccontextmanager
-async def _bounded(at_most_s: float, sentence: str) -> AsyncIterator[None]:
-    limit = asyncio.timeout(deadline.timeout_s(at_most_s))
-    try:
-        async with limit:
-            yield
-    except TimeoutError as error:
-        if not limit.expired():
-            raise  # the block's own
-        raise DeadlineExceeded(sentence) from error

@@ -144,19 +144,21 @@ async def test_a_scatter_read_merges_every_shard_in_order(shards):
 
 
 async def test_a_scatter_read_never_hides_that_a_bucket_was_not_asked(engine, shards):
-    engine.run_raw(0, "UPDATE tenfold_bucket SET state = 'MOVED' WHERE bucket = 5")
+    await engine.run_raw(0, "UPDATE tenfold_bucket SET state = 'MOVED' WHERE bucket = 5")
     with pytest.raises(Unavailable, match="moving"):
         await scatter(shards, LIST_ALL, "default")
-    engine.run_raw(3, "INSERT INTO tenfold_bucket (bucket, state, epoch) VALUES (5, 'ACTIVE', 2)")
+    await engine.run_raw(
+        3, "INSERT INTO tenfold_bucket (bucket, state, epoch) VALUES (5, 'ACTIVE', 2)"
+    )
     await scatter(shards, LIST_ALL, "default")
-    engine.run_raw(0, "UPDATE tenfold_bucket SET state = 'ACTIVE' WHERE bucket = 5")
+    await engine.run_raw(0, "UPDATE tenfold_bucket SET state = 'ACTIVE' WHERE bucket = 5")
     with pytest.raises(Unavailable, match="moving"):
         await scatter(shards, LIST_ALL, "default")
 
 
 async def test_a_scatter_read_without_a_shard_says_so(shards, monkeypatch):
     await add_everywhere(shards)
-    await shards.all()[1].writer.close()
+    await shards.all()[1].close()
 
     async def down(*_):
         raise Unavailable("down")

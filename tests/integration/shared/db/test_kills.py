@@ -15,9 +15,9 @@ PROGRAM = "tests.integration.shared.db.writer_process"
 SIGKILLED = -9
 
 
-def write(folder: Path, subject: str, bucket: int, *, crash_point: str = "") -> tuple[int, str]:
+def write(place: str, subject: str, bucket: int, *, crash_point: str = "") -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-m", PROGRAM, str(folder), subject, str(bucket)],
+        [sys.executable, "-m", PROGRAM, place, subject, str(bucket)],
         cwd=ROOT,
         env={**os.environ, "TENFOLD_CRASH_POINT": crash_point},
         capture_output=True,
@@ -50,10 +50,10 @@ async def test_a_retry_after_a_kill_has_the_effect_exactly_once(
     if is_across and (point, visit) == ("db.after_commit", "1"):
         repeat = "first"  # that commit was the claim's
     subject = str(new_id(NEAR))
-    code, printed = write(engine.folder, subject, bucket, crash_point=crash_point)
+    code, printed = write(engine.place, subject, bucket, crash_point=crash_point)
     assert (code, printed) == (SIGKILLED, "")
-    assert write(engine.folder, subject, bucket) == (0, repeat)
-    assert write(engine.folder, subject, bucket) == (0, "repeated")
+    assert write(engine.place, subject, bucket) == (0, repeat)
+    assert write(engine.place, subject, bucket) == (0, "repeated")
     async with engine.open() as shards:
         assert await labels(shards) == ["a"]
         rows = await shards.bucket(bucket).fetch_all("SELECT event_no FROM outbox")

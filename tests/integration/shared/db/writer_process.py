@@ -1,6 +1,7 @@
 """A process that writes under one request id and dies where TENFOLD_CRASH_POINT says.
 
-Arguments: the data folder, the user's id, the effect's bucket. Prints the answer it gives.
+Arguments: the data folder or the databases, the user's id, the effect's bucket. Prints the
+answer that it gives.
 """
 
 import asyncio
@@ -9,12 +10,16 @@ from pathlib import Path
 
 from shared.db.port import OutboxRow
 from shared.identity import Principal, PrincipalKind
-from tests.integration.shared.db.conftest import Engine, add_thing, once
+from tests.integration.shared.db.conftest import PostgresEngine, SqliteEngine, add_thing, once
 
 
-async def main(folder: Path, subject: str, bucket: int) -> None:
+def engine_of(place: str) -> SqliteEngine | PostgresEngine:
+    return PostgresEngine(place) if "://" in place else SqliteEngine(Path(place))
+
+
+async def main(place: str, subject: str, bucket: int) -> None:
     asked = once(Principal(PrincipalKind.USER, subject))
-    async with Engine(folder).open() as shards:
+    async with engine_of(place).open() as shards:
         async with shards.bucket(bucket).transaction(asked) as tx:
             if tx.answered:
                 answer = tx.answer.decode()
@@ -26,4 +31,4 @@ async def main(folder: Path, subject: str, bucket: int) -> None:
         print(answer, flush=True)
 
 
-asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

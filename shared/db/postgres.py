@@ -1,0 +1,604 @@
+"""Shards as Postgres databases: the engine of the cluster behind shared/db/port.py.
+
+A transaction is three kinds of round trips: BEGIN together with its admission, the caller's
+statements, COMMIT. Whose a bucket is, is read inside: by tenfold_enter for a write, in the
+statement itself for a read. The map in this process is a hint; a shard that refuses a bucket
+makes us ask all of them who has it.
+
+A commit whose answer was lost is looked up, not guessed: the server's process behind it is
+ended, then its idempotency or outbox row is there or not. We do not ask pg_xact_status: after
+a crash Postgres may give the number of a lost transaction to another one.
+"""
+
+import asyncio
+import hashlib
+import random
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from uuid import UUID
+
+from shared.clock import Clock, to_us
+from shared.db import limits
+from shared.db import once as once_rules
+from shared.db.crash_points import AFTER_COMMIT, BEFORE_COMMIT, CLAIMED_NOT_EFFECTED
+from shared.db.errors import BucketElsewhere
+from shared.db.ids import bucket_of, new_id
+from shared.db.limits import RETRY_AFTER_S, bounded
+from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
+from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction, only
+from shared.db.postgres_connection import ERRORS, Connection, Server, translate
+from shared.db.postgres_pool import Pool
+from shared.db.postgres_shards import Plan, prepare
+from shared.db.shards import BucketMap
+from shared.db.sql import OWNED_STATES, STATEMENTS_CACHED_MAX
+from shared.db.tenancy import TenantCheck
+from shared.errors import (
+    Aborted,
+    DeadlineExceeded,
+    FailedPrecondition,
+    IdempotencyInFlight,
+    TenfoldError,
+    Unavailable,
+)
+
+# Per process and shard. Apart, so that a transaction that reads never waits for its own kind.
+WRITERS_MAX = 4
+READERS_MAX = 4
+COMMIT_S_MAX = 5.0
+UNDO_S_MAX = 1.0
+RESOLVE_S_MAX = 5.0
+# How long a call follows a bucket that is on its way before it says so (spec/data.md §4).
+FOLLOW_S_MAX = 2.0
+FOLLOW_PAUSE_S = 0.03
+_TRIES_ON_LOST_CONNECTION = 2
+
+_OWNED = f"SELECT bucket, epoch FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
+_OWNS = f"SELECT 1 AS owns FROM tenfold_bucket WHERE bucket = $1 AND state IN {OWNED_STATES}"  # noqa: S608
+# A fenced bucket's rows are the newest there are until the fence's own time is over.
+_READABLE = """
+SELECT state IN ('ACTIVE', 'MOVING') OR (state = 'FENCED'
+    AND fence_until_us > extract(epoch FROM clock_timestamp()) * 1000000)
+FROM tenfold_bucket WHERE bucket = ${}
+"""
+_END_BACKEND = """
+SELECT pg_terminate_backend(pid) AS ended FROM pg_stat_activity
+WHERE pid = $1 AND backend_start = $2
+"""
+_OUTBOX_ROW = "SELECT 1 AS there FROM outbox WHERE event_id = $1"
+_UNKNOWN = "the answer to a commit was lost, and its outcome is not known; repeat the request"
+_UNDONE = "the connection was lost before the commit; nothing has happened"
+
+
+@lru_cache(STATEMENTS_CACHED_MAX)
+def owned_read(sql: str, argument_count: int) -> str:
+    """The statement with one more column, tenfold_readable, judged in the same snapshot.
+
+    There is always a row, so "nothing found" and "not mine" differ. The rows keep their order:
+    a left join without a condition walks its right side as it comes.
+
+    Args:
+        sql: a SELECT.
+        argument_count: of the statement; the bucket is bound after them.
+    """
+    readable = _READABLE.format(argument_count + 1)
+    return (
+        f"SELECT ({readable}) AS tenfold_readable, found.* FROM (VALUES (0)) AS one "  # noqa: S608
+        f"LEFT JOIN (SELECT TRUE AS tenfold_found, read.* FROM ({sql.rstrip().rstrip(';')}\n) "
+        "AS read) AS found ON TRUE"
+    )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A row that a transaction writes: there afterwards if it has committed, else not."""
+
+    sql: str
+    arguments: tuple[object, ...]
+
+
+class PostgresTransaction:
+    """See Transaction."""
+
+    def __init__(self, connection: Connection, bucket: int, shard: "PostgresShard") -> None:
+        self.connection = connection
+        self.memory: once_rules.Memory | None = None
+        self.evidence: Evidence | None = None
+        self.has_outbox = False
+        self.is_over = False
+        self._bucket = bucket
+        self._shard = shard
+        self._broken = ""
+
+    @property
+    def bucket(self) -> int:
+        """See Transaction.bucket."""
+        return self._bucket
+
+    @property
+    def answered(self) -> bool:
+        """See Transaction.answered."""
+        return self.memory is not None and self.memory.answered
+
+    @property
+    def answer(self) -> bytes:
+        """See Transaction.answer."""
+        return self.memory.answer if self.memory is not None else b""
+
+    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
+        """See Transaction.fetch_one."""
+        return only(await self.fetch_all(sql, *arguments))
+
+    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See Transaction.fetch_all."""
+        self.require_whole()
+        try:
+            return await self.connection.fetch(sql, arguments)
+        except BaseException as error:
+            self._broken = type(error).__name__
+            raise
+
+    async def execute(self, sql: str, *arguments: object) -> int:
+        """See Transaction.execute."""
+        self.require_whole()
+        try:
+            return await self.connection.execute(sql, arguments)
+        except BaseException as error:
+            self._broken = type(error).__name__
+            raise
+
+    async def append_outbox(self, row: OutboxRow) -> None:
+        """See Transaction.append_outbox."""
+        shard, event_id = self._shard, new_id(max(self._bucket, 0))
+        await insert_outbox_row(
+            self, row, service=shard.service, event_id=event_id, now_us=shard.now_us()
+        )
+        self.has_outbox = True
+        self.evidence = self.evidence or Evidence(_OUTBOX_ROW, (event_id,))
+
+    async def answer_with(self, payload: bytes) -> None:
+        """See Transaction.answer_with."""
+        if self.memory is not None:
+            self.memory.answer = payload
+
+    def require_whole(self) -> None:
+        """Refuse to go on after a failure: Postgres has undone everything."""
+        if self.is_over:
+            raise ValueError("this transaction is over")
+        if self._broken:
+            raise ValueError(f"this transaction failed earlier ({self._broken})")
+
+
+@dataclass
+class PostgresShard:
+    """See Shard. One database: connections that write, connections that read."""
+
+    index: int
+    server: Server
+    service: str
+    clock: Clock
+    writers: Pool
+    readers: Pool
+    on_outbox: asyncio.Event
+    holders: set["asyncio.Task[object] | None"] = field(default_factory=set)
+
+    def now_us(self) -> int:
+        """The current moment, as tables store it."""
+        return to_us(self.clock.now())
+
+    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
+        """See Reader.fetch_one."""
+        return only(await self.fetch_all(sql, *arguments))
+
+    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See Reader.fetch_all."""
+        for tries_left in reversed(range(_TRIES_ON_LOST_CONNECTION)):
+            async with self.readers.lend() as connection:
+                try:
+                    return await connection.fetch(sql, arguments)
+                except Unavailable:
+                    if connection.is_usable or not tries_left:
+                        raise
+            self.readers.expire()  # the server has restarted: what is idle is dead as well
+        raise AssertionError("unreachable")
+
+    async def fetch_owned(self, bucket: int, sql: str, *arguments: object) -> Sequence[Row]:
+        """Rows of a statement on one bucket, if this shard may speak for it.
+
+        Raises:
+            BucketElsewhere: it may not.
+        """
+        found = await self.fetch_all(owned_read(sql, len(arguments)), *arguments, bucket)
+        if not found[0]["tenfold_readable"]:
+            raise BucketElsewhere(bucket, "not readable here", None)
+        return [_without_marks(row) for row in found if row["tenfold_found"]]
+
+    async def fetch_covered(self, sql: str, *arguments: object) -> Covered:
+        """See Shard.fetch_covered."""
+        async with self.readers.lend() as connection:
+            try:
+                await connection.run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                owned = await connection.fetch(_OWNED, ())
+                rows = await connection.fetch(sql, arguments)
+                await connection.run("COMMIT")
+            except BaseException:
+                await _undo(connection)
+                raise
+        return Covered(rows, {row["bucket"]: row["epoch"] for row in owned})
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """See Shard.transaction."""
+        async with self.begun("SELECT tenfold_enter_every()", EVERY_BUCKET) as tx:
+            yield tx
+
+    @asynccontextmanager
+    async def begun(self, admission: str, bucket: int) -> AsyncIterator[PostgresTransaction]:
+        """A transaction that begins with this statement and commits when the block is left.
+
+        Raises:
+            BucketElsewhere: the admission was refused; the block was not entered.
+        """
+        task = asyncio.current_task()
+        if task in self.holders:
+            raise ValueError("a transaction inside a transaction of the same shard may wait for it")
+        async with self.writers.lend() as connection:
+            tx = PostgresTransaction(connection, bucket, self)
+            self.holders.add(task)
+            try:
+                async with bounded(limits.TURN_S_MAX, limits.TURN_TOO_LONG):
+                    await connection.run(f"BEGIN; {admission}")
+                    yield tx
+                tx.require_whole()
+                await self._commit(tx)
+            except BaseException:
+                await _undo(connection)
+                raise
+            finally:
+                tx.is_over = True
+                self.holders.discard(task)
+
+    async def _commit(self, tx: PostgresTransaction) -> None:
+        BEFORE_COMMIT.visit()
+        try:
+            async with asyncio.timeout(COMMIT_S_MAX):
+                await tx.connection.raw.execute("COMMIT")
+        except ERRORS as error:
+            translated = translate(error)
+            if not isinstance(translated, Unavailable | DeadlineExceeded):
+                raise translated from error  # the server's own refusal: all is undone
+            tx.connection.terminate()
+            await self._resolve(tx, error)
+        AFTER_COMMIT.visit()
+        if tx.has_outbox:
+            self.on_outbox.set()
+
+    async def _resolve(self, tx: PostgresTransaction, lost: BaseException) -> None:
+        """Return if the transaction has committed.
+
+        Raises:
+            Unavailable: it has not, or nobody can say; the sentence tells which.
+        """
+        if tx.answered:
+            return  # it had no effect
+        backend, evidence = tx.connection.backend, tx.evidence
+        if evidence is None:
+            raise Unavailable(_UNKNOWN, retry_after_s=RETRY_AFTER_S) from lost
+        try:
+            async with bounded(RESOLVE_S_MAX, _UNKNOWN):
+                while await self._is_alive(backend.pid, backend.started):
+                    await _pause()
+                is_there = await self.fetch_all(evidence.sql, *evidence.arguments)
+        except TenfoldError as error:
+            raise Unavailable(_UNKNOWN, retry_after_s=RETRY_AFTER_S) from error
+        if not is_there:
+            raise Unavailable(_UNDONE, retry_after_s=RETRY_AFTER_S) from lost
+
+    async def _is_alive(self, pid: int, started: object) -> bool:
+        """Whether the server's process is still there; it is told to end."""
+        try:
+            return bool(await self.fetch_all(_END_BACKEND, pid, started))
+        except Unavailable:
+            return True  # ask again until the time is over
+
+    def expire(self) -> None:
+        """The server has gone or changed its role: connect anew."""
+        self.writers.expire()
+        self.readers.expire()
+
+    async def close(self) -> None:
+        """Close every connection; safe to repeat."""
+        await self.writers.close()
+        await self.readers.close()
+
+
+@dataclass(frozen=True)
+class PostgresBucket:
+    """See Bucket."""
+
+    shards: "PostgresShards"
+    number: int
+
+    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
+        """See Reader.fetch_one."""
+        return only(await self.fetch_all(sql, *arguments))
+
+    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See Reader.fetch_all."""
+        following = Following(self.shards)
+        while True:
+            shard = self.shards.shard_of(self.number)
+            try:
+                return await shard.fetch_owned(self.number, sql, *arguments)
+            except BucketElsewhere as elsewhere:
+                await following.step(elsewhere)
+
+    @asynccontextmanager
+    async def transaction(
+        self, once: Once | None = None, *, also: Collection[int] = ()
+    ) -> AsyncIterator[Transaction]:
+        """See Bucket.transaction."""
+        self._require_one_shard(also)
+        if once is None or not once.request_id:
+            async with self._admitted(also) as tx:
+                yield tx
+            return
+        home = once_rules.home_bucket(once, self.shards.secret)
+        is_joined = self.shards.shard_of(home) is self.shards.shard_of(self.number)
+        if not is_joined:
+            await self._claim(once, home)
+            CLAIMED_NOT_EFFECTED.visit()
+        joined = {*also, home} if is_joined else also
+        refusal: FailedPrecondition | None = None
+        try:
+            async with self._remembering(once, home, is_joined, joined) as tx:
+                try:
+                    yield tx
+                except FailedPrecondition as error:
+                    refusal = None if tx.answered else error
+                    raise
+        except FailedPrecondition as error:
+            if error is not refusal:
+                raise
+        if refusal is not None:
+            await self._remember_refusal(refusal, once, home, is_joined, joined)
+            raise refusal
+
+    @asynccontextmanager
+    async def _remembering(
+        self, once: Once, home: int, is_joined: bool, also: Collection[int]
+    ) -> AsyncIterator[PostgresTransaction]:
+        async with self._admitted(also, key=once) as tx:
+            memory = once_rules.Memory(tx, once, home, is_joined, self._now_us())
+            await memory.recall()
+            tx.memory = memory
+            tx.evidence = Evidence(once_rules.SELECT, (tx.bucket, once.scope, once.request_id))
+            yield tx
+            await memory.remember_answer()
+
+    async def _remember_refusal(
+        self,
+        refusal: FailedPrecondition,
+        once: Once,
+        home: int,
+        is_joined: bool,
+        also: Collection[int],
+    ) -> None:
+        """In a transaction of its own: the first has undone all, what it began included."""
+        async with self._admitted(also, key=once) as tx:
+            memory = once_rules.Memory(tx, once, home, is_joined, self._now_us())
+            await memory.recall()
+            if memory.answered:
+                raise Aborted("the same request has just passed; repeat it for its answer")
+            await memory.remember_refusal(refusal)
+
+    async def _claim(self, once: Once, home: int) -> None:
+        async with PostgresBucket(self.shards, home)._admitted((), key=once) as tx:
+            await once_rules.claim_at_home(
+                tx, once, home=home, target_bucket=self.number, now_us=self._now_us()
+            )
+
+    @asynccontextmanager
+    async def _admitted(
+        self, also: Collection[int], *, key: Once | None = None
+    ) -> AsyncIterator[PostgresTransaction]:
+        """A transaction on whatever shard has these buckets now; under a key, alone with it."""
+        async with AsyncExitStack() as stack:
+            yield await self._enter(stack, admission_of({self.number, *also}, key), key)
+
+    async def _enter(
+        self, stack: AsyncExitStack, admission: str, key: Once | None
+    ) -> PostgresTransaction:
+        following, tries_left = Following(self.shards), _TRIES_ON_LOST_CONNECTION
+        while True:
+            shard = self.shards.shard_of(self.number)
+            try:
+                return await stack.enter_async_context(shard.begun(admission, self.number))
+            except BucketElsewhere as elsewhere:
+                await following.step(elsewhere)
+            except Aborted as error:
+                if key is None:
+                    raise
+                raise IdempotencyInFlight(
+                    "the first request under this id is still running", retry_after_s=RETRY_AFTER_S
+                ) from error
+            except Unavailable:
+                # Nothing has begun. A connection may have been dead since the server restarted.
+                tries_left -= 1
+                if not tries_left:
+                    raise
+                shard.expire()
+
+    def _require_one_shard(self, also: Collection[int]) -> None:
+        for bucket in also:
+            if self.shards.shard_of(bucket) is not self.shards.shard_of(self.number):
+                raise ValueError(f"buckets {self.number} and {bucket} are on different shards")
+
+    def _now_us(self) -> int:
+        return self.shards.shard_of(self.number).now_us()
+
+
+def admission_of(buckets: Collection[int], key: Once | None) -> str:
+    """What a transaction begins with; numbers of our own may stand in the text.
+
+    Requests under one key take turns: the second then reads what the first has written.
+    """
+    listed = ",".join(str(int(bucket)) for bucket in sorted(buckets))
+    admission = f"SELECT tenfold_enter('{{{listed}}}')"
+    if key is None:
+        return admission
+    content = f"{key.scope}\0{key.request_id}".encode()
+    number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)
+    return f"{admission}; SELECT pg_advisory_xact_lock({number})"
+
+
+class Following:
+    """One call's patience with a bucket that is not where the map says."""
+
+    def __init__(self, shards: "PostgresShards") -> None:
+        self._shards = shards
+        self._ends_s = asyncio.get_running_loop().time() + FOLLOW_S_MAX
+
+    async def step(self, elsewhere: BucketElsewhere) -> None:
+        """Find the bucket, or wait a little.
+
+        Raises:
+            Unavailable: it is nowhere for too long.
+        """
+        if await self._shards.locate(elsewhere.bucket):
+            return
+        if asyncio.get_running_loop().time() > self._ends_s:
+            raise Unavailable(
+                "this part of the data is moving; try again",
+                metadata={"bucket": str(elsewhere.bucket)},
+                retry_after_s=RETRY_AFTER_S,
+            ) from elsewhere
+        await _pause()
+
+
+@dataclass
+class PostgresShards:
+    """See Shards. The databases of one service."""
+
+    shards: list[PostgresShard]
+    bucket_map: BucketMap
+    secret: bytes
+    on_outbox: asyncio.Event
+
+    def holding(self, key: UUID) -> Bucket:
+        """See Shards.holding."""
+        return self.bucket(bucket_of(key))
+
+    def bucket(self, number: int) -> Bucket:
+        """See Shards.bucket."""
+        self.bucket_map.shard_index(number)  # a number that is none is a bug of the caller's
+        return PostgresBucket(self, number)
+
+    def shard_of(self, bucket: int) -> PostgresShard:
+        """Where a bucket lives, as far as we know."""
+        return self.shards[self.bucket_map.shard_index(bucket)]
+
+    def all(self) -> Sequence[Shard]:
+        """See Shards.all."""
+        return list(self.shards)
+
+    async def locate(self, bucket: int) -> bool:
+        """Ask every shard who owns a bucket; True if the map has changed by it."""
+        owners = []
+        for shard in self.shards:
+            try:
+                if await shard.fetch_all(_OWNS, bucket):
+                    owners.append(shard.index)
+            except TenfoldError:
+                continue  # a shard that is down owns nothing that can be used now
+        if len(owners) != 1 or owners[0] == self.bucket_map.shard_index(bucket):
+            return False
+        self.bucket_map = self.bucket_map.moved(bucket, owners[0])
+        return True
+
+    async def wait_for_outbox(self, timeout_s: float) -> bool:
+        """See Shards.wait_for_outbox."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.on_outbox.wait()
+        except TimeoutError:
+            return False
+        self.on_outbox.clear()
+        return True
+
+
+@asynccontextmanager
+async def open_postgres_shards(
+    servers: Sequence[Server],
+    *,
+    migrations: Path,
+    owned_by_first: bool = False,
+    secret: bytes,
+    clock: Clock,
+    service: str = "",
+) -> AsyncIterator[Shards]:
+    """Open a service's shards, migrating them as needed.
+
+    Args:
+        servers: 1 to 64, in the order in which they were made; a new one starts empty.
+        migrations: the service's SQL files.
+        owned_by_first: give all buckets of new shards to the first.
+        secret: 32 bytes or more that never change for this data.
+        clock: dates what is written.
+        service: names the subjects of events; the migrations' parent folder by default.
+
+    Raises:
+        DatabaseRefused: a shard is down, newer than this code, or does not fit; named.
+    """
+    service = service or migrations.parent.name
+    prepared = await prepare(Plan(servers, service, migrations, owned_by_first))
+    on_outbox = asyncio.Event()
+    tenants = TenantCheck(prepared.tenant_tables)
+    shards = [
+        PostgresShard(
+            index=index,
+            server=server,
+            service=service,
+            clock=clock,
+            writers=Pool(server, tenants, WRITERS_MAX),
+            readers=Pool(server, tenants, READERS_MAX),
+            on_outbox=on_outbox,
+        )
+        for index, server in enumerate(servers)
+    ]
+    try:
+        yield PostgresShards(shards, prepared.bucket_map, secret, on_outbox)
+    finally:
+        await asyncio.shield(_close_all(shards))
+
+
+async def _close_all(shards: Sequence[PostgresShard]) -> None:
+    for shard in shards:
+        await shard.close()
+
+
+async def _undo(connection: Connection) -> None:
+    """Roll back what is open; a connection that cannot even do that is closed."""
+    if connection.raw.is_closed() or not connection.raw.is_in_transaction():
+        return
+    try:
+        async with asyncio.timeout(UNDO_S_MAX):
+            await connection.run("ROLLBACK")
+    except BaseException as error:
+        connection.terminate()
+        if not isinstance(error, Exception):
+            raise
+
+
+async def _pause() -> None:
+    await asyncio.sleep(FOLLOW_PAUSE_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+
+
+def _without_marks(row: Row) -> Row:
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in {"tenfold_readable", "tenfold_found"}
+    }

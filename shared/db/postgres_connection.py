@@ -1,0 +1,254 @@
+"""One asyncpg connection with bounds on everything, and Postgres's errors in our words.
+
+The traps (spec d.2; each has a test): asyncpg has no limits of its own; a socket half open
+after a failover waits for minutes; a statement prepared before a migration fails once in a
+transaction; a connection that met a protocol error is closed, never used again.
+"""
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import asyncpg
+
+from shared.db import limits
+from shared.db.errors import (
+    BucketElsewhere,
+    BucketNotAdmitted,
+    ConstraintViolation,
+    UniqueViolation,
+)
+from shared.db.limits import RETRY_AFTER_S
+from shared.db.port import Row
+from shared.db.sql import to_postgres
+from shared.db.tenancy import TenantCheck
+from shared.errors import Aborted, DeadlineExceeded, InvalidRequest, TenfoldError, Unavailable
+
+CONNECT_S_MAX = 3.0
+# How long a statement waits for a row or for a bucket's granule.
+LOCK_S_MAX = 3.0
+# What the client waits longer than the server, so that the server's own answer comes first.
+GRACE_S = 1.0
+STATEMENTS_PREPARED_MAX = 512
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
+UNACKNOWLEDGED_MS_MAX = 20_000
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a shard is.
+
+    Attributes:
+        dsn: of one host and one database, with the password.
+        name: "shard 2 of payment", for messages.
+        application: how connections show in pg_stat_activity.
+    """
+
+    dsn: str
+    name: str
+    application: str
+
+    def __str__(self) -> str:
+        """For the operator: no user, no password."""
+        parts = urlsplit(self.dsn)
+        place = f"{parts.hostname or '?'}:{parts.port or 5432}{parts.path}"
+        return f"{self.name} at {place}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The server's process behind a connection: a pid alone may be another's by now."""
+
+    pid: int
+    started: Any
+
+
+class Connection:
+    """One open connection; it belongs to one task at a time."""
+
+    def __init__(self, raw: Any, tenants: TenantCheck, backend: Backend) -> None:  # noqa: ANN401
+        self.raw = raw
+        self.backend = backend
+        self._tenants = tenants
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it is open and outside any transaction."""
+        return not self.raw.is_closed() and not self.raw.is_in_transaction()
+
+    async def run(self, sql: str) -> None:
+        """Run statements of our own without arguments, in one round trip."""
+        try:
+            await self.raw.execute(sql)
+        except ERRORS as error:
+            raise translate(error) from error
+
+    async def fetch(self, sql: str, arguments: Sequence[object]) -> list[Row]:
+        """Every row of a statement."""
+        self._tenants.require(sql)
+        try:
+            records = await self.raw.fetch(to_postgres(sql), *arguments)
+        except ERRORS as error:
+            raise translate(error) from error
+        return [dict(record) for record in records]
+
+    async def execute(self, sql: str, arguments: Sequence[object]) -> int:
+        """The number of rows that the statement changed."""
+        self._tenants.require(sql)
+        try:
+            tag: str = await self.raw.execute(to_postgres(sql), *arguments)
+        except ERRORS as error:
+            raise translate(error) from error
+        count = tag.rpartition(" ")[2]  # "INSERT 0 3", "UPDATE 3", "CREATE TABLE"
+        return int(count) if count.isdigit() else 0
+
+    def terminate(self) -> None:
+        """Close the socket now; the server rolls back what was open."""
+        self.raw.terminate()
+
+    async def close(self) -> None:
+        """Close politely, but not for long; safe to repeat."""
+        with suppress(Exception):
+            await self.raw.close(timeout=limits.CLOSE_S_MAX)
+        self.raw.terminate()
+
+
+async def open_connection(server: Server, tenants: TenantCheck) -> Connection:
+    """Connect, with our settings.
+
+    Raises:
+        Unavailable: nobody answers there, or it refuses us; the sentence names the shard.
+    """
+    try:
+        raw = await connect(server)
+        row = await raw.fetchrow(_WHO)
+    except ERRORS as error:
+        raise Unavailable(
+            f"{server.name} cannot be reached", retry_after_s=RETRY_AFTER_S
+        ) from error
+    return Connection(raw, tenants, Backend(row["pid"], row["started"]))
+
+
+_WHO = "SELECT pid, backend_start AS started FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+
+
+async def connect(server: Server) -> Any:  # noqa: ANN401 - asyncpg is untyped
+    """A raw connection. Raises what asyncpg raises: one of ERRORS."""
+    raw = await asyncpg.connect(
+        server.dsn,
+        timeout=CONNECT_S_MAX,
+        command_timeout=limits.STATEMENT_S_MAX + GRACE_S,
+        statement_cache_size=STATEMENTS_PREPARED_MAX,
+        max_cached_statement_lifetime=0,
+        server_settings={
+            "application_name": server.application,
+            "statement_timeout": _milliseconds(limits.STATEMENT_S_MAX),
+            "lock_timeout": _milliseconds(LOCK_S_MAX),
+            "idle_in_transaction_session_timeout": _milliseconds(limits.TURN_S_MAX + GRACE_S),
+        },
+    )
+    _keep_alive(raw)
+    await raw.set_type_codec(
+        "uuid",
+        schema="pg_catalog",
+        encoder=lambda value: value.bytes,
+        decoder=lambda content: UUID(bytes=content),
+        format="binary",
+    )
+    # A sum of bigints is a numeric; the shared subset knows no fractions.
+    await raw.set_type_codec(
+        "numeric", schema="pg_catalog", encoder=str, decoder=int, format="text"
+    )
+    return raw
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(int(seconds * 1000))
+
+
+def _keep_alive(raw: Any) -> None:  # noqa: ANN401
+    """Find out within seconds that the other end is gone."""
+    end: socket.socket | None = raw._transport.get_extra_info("socket")
+    if end is None or end.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        ("TCP_KEEPIDLE", KEEPALIVE_IDLE_S),
+        ("TCP_KEEPINTVL", KEEPALIVE_INTERVAL_S),
+        ("TCP_KEEPCNT", KEEPALIVE_COUNT),
+        ("TCP_USER_TIMEOUT", UNACKNOWLEDGED_MS_MAX),
+    ):
+        if hasattr(socket, option):
+            end.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+# Errors ----------------------------------------------------------------------------------
+
+ERRORS = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+    asyncio.IncompleteReadError,
+)
+_UNIQUE, _CHECK, _NOT_NULL, _FOREIGN_KEY = "23505", "23514", "23502", "23503"
+_RACES_LOST = frozenset({"40001", "40P01", "55P03"})
+_TOO_SLOW = frozenset({"57014", "25P03", "25P04"})
+# Connections, resources, operators, a standby where a primary was expected, a broken disk.
+_UNAVAILABLE_CLASSES = frozenset({"08", "53", "57", "58", "XX"})
+_READ_ONLY = "25006"
+
+
+def translate(error: BaseException) -> Exception:
+    """Postgres's error as the port names it; errors that mean a bug stay as they are."""
+    if isinstance(error, asyncpg.PostgresError):
+        return _of_server(error)
+    if isinstance(error, asyncpg.OutdatedSchemaCacheError):
+        return Aborted("the schema has changed meanwhile; try again")
+    if isinstance(error, TimeoutError):
+        return DeadlineExceeded(f"a statement ran longer than {limits.STATEMENT_S_MAX:g} s")
+    return unavailable()
+
+
+def _of_server(error: Any) -> Exception:  # noqa: ANN401 - asyncpg is untyped
+    # A table: who the server's code is, and what it means to a caller.
+    state = str(error.sqlstate or "")
+    found: Exception = error
+    if state.startswith("23"):
+        found = _violation(error, state)
+    elif state == "MB001":
+        found = BucketElsewhere.of_detail(str(error.detail))
+    elif state == "MB002":
+        found = BucketNotAdmitted(str(error))
+    elif state in _RACES_LOST or isinstance(error, asyncpg.InvalidCachedStatementError):
+        found = Aborted("another was faster; try again", retry_after_s=RETRY_AFTER_S)
+    elif state in _TOO_SLOW:
+        found = DeadlineExceeded(f"a statement ran longer than {limits.STATEMENT_S_MAX:g} s")
+    elif state == "22003":
+        found = ConstraintViolation("integer_overflow")
+    elif state == "22021":
+        found = InvalidRequest("a text holds a character that cannot be stored (NUL)")
+    elif state[:2] in _UNAVAILABLE_CLASSES or state == _READ_ONLY:
+        found = unavailable()
+    return found
+
+
+def _violation(error: Any, state: str) -> ConstraintViolation:  # noqa: ANN401
+    if state == _UNIQUE:
+        return UniqueViolation(str(error.constraint_name))
+    if state == _NOT_NULL:
+        return ConstraintViolation(f"not_null:{error.table_name}.{error.column_name}")
+    if state == _FOREIGN_KEY:
+        return ConstraintViolation("foreign_key")
+    return ConstraintViolation(str(error.constraint_name or error))
+
+
+def unavailable() -> TenfoldError:
+    """The database cannot take this now."""
+    return Unavailable("the database cannot be reached now", retry_after_s=RETRY_AFTER_S)

@@ -1,0 +1,229 @@
+"""A service's Postgres databases before they are served: migrated, checked, mapped.
+
+Killed at any point, the next start goes on: the plan of who gets which bucket is committed in
+the first shard's schema `tenfold_control` before any shard takes its buckets from it.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from shared.db.errors import DatabaseRefused, MigrationRefused
+from shared.db.limits import CLOSE_S_MAX
+from shared.db.migrate import FRAMEWORK_MIGRATIONS, Migration, load_migrations, tables_made_by
+from shared.db.postgres_connection import ERRORS, Server, connect
+from shared.db.postgres_migrate import migrate_postgres, own_tables
+from shared.db.shards import SHARD_COUNT_MAX, BucketMap, CoverageBroken
+from shared.db.sql import OWNED_STATES
+
+# One process plans at a time; the bytes spell "TFPL".
+_PLANNING = 0x5446504C
+_CONTROL_TABLES = """
+CREATE SCHEMA IF NOT EXISTS tenfold_control;
+CREATE TABLE IF NOT EXISTS tenfold_control.shard (
+    shard_id bigint PRIMARY KEY, weight bigint NOT NULL, state text NOT NULL);
+CREATE TABLE IF NOT EXISTS tenfold_control.bucket_map (
+    bucket smallint PRIMARY KEY, shard_id bigint NOT NULL, epoch bigint NOT NULL);
+"""
+_INSERT_MAP = """
+INSERT INTO tenfold_control.bucket_map (bucket, shard_id, epoch)
+SELECT number - 1, shard_id, 1 FROM unnest($1::bigint[]) WITH ORDINALITY AS all_ (shard_id, number)
+"""
+_INSERT_SHARD = """
+INSERT INTO tenfold_control.shard (shard_id, weight, state) VALUES ($1, 1, 'ACTIVE')
+"""
+_CLAIM_SHARD = """
+INSERT INTO tenfold_shard (one, shard_id, timeline, schema_version) VALUES (1, $1, $2, $3)
+"""
+_CLAIM_BUCKETS = """
+INSERT INTO tenfold_bucket (bucket, state, epoch)
+SELECT number, 'ACTIVE', 1 FROM unnest($1::int[]) AS number
+"""
+# The first eight characters of a WAL file's name are the timeline (spec/data.md §4).
+_TIMELINE = "SELECT ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::bigint"
+_OWNED = f"SELECT bucket FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the caller asks for. See open_postgres_shards."""
+
+    servers: Sequence[Server]
+    service: str
+    migrations: Path
+    owned_by_first: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Databases that are ready to be served.
+
+    Attributes:
+        tenant_tables: which no statement may use without tenant.
+    """
+
+    bucket_map: BucketMap
+    tenant_tables: frozenset[str]
+
+
+def parse_servers(text: str, *, service: str) -> list[Server]:
+    """The shards that a setting names, in order.
+
+    Args:
+        text: DSNs of one database each, separated by commas: "postgresql://user:password@host/db".
+        service: whose.
+
+    Raises:
+        ValueError: one is malformed or named twice; the sentence says which, and no password.
+    """
+    dsns = [dsn.strip() for dsn in text.split(",") if dsn.strip()]
+    if not 1 <= len(dsns) <= SHARD_COUNT_MAX:
+        raise ValueError(f"it names {len(dsns)} shards: it must be 1 to {SHARD_COUNT_MAX}")
+    for index, dsn in enumerate(dsns):
+        _refuse_malformed(dsn, index)
+    places = [urlsplit(dsn)._replace(query="", fragment="").geturl() for dsn in dsns]
+    if len(set(places)) < len(places):
+        raise ValueError("it names one database twice")
+    return [
+        Server(dsn, f"shard {index} of {service}", f"tenfold-{service}")
+        for index, dsn in enumerate(dsns)
+    ]
+
+
+def _refuse_malformed(dsn: str, index: int) -> None:
+    wanted = "it must be postgresql://user:password@host:port/database"
+    try:
+        parts = urlsplit(dsn)
+        is_whole = bool(parts.hostname and parts.path.strip("/")) and parts.port != 0
+    except ValueError:
+        is_whole = False
+    if not is_whole or parts.scheme not in {"postgresql", "postgres"}:
+        raise ValueError(f"shard {index}: {wanted}")
+
+
+async def prepare(plan: Plan) -> Prepared:
+    """Migrate every shard and give each its buckets.
+
+    Raises:
+        DatabaseRefused: a sentence for the operator says which shard, what is wrong, what to do.
+    """
+    migrations = load_migrations(FRAMEWORK_MIGRATIONS, area="framework", engine="postgres")
+    framework = tables_made_by(migrations)
+    migrations += load_migrations(plan.migrations, area=plan.service, engine="postgres")
+    connections = await _connect_all(plan.servers)
+    try:
+        await _migrate_all(plan.servers, connections, migrations)
+        hint = await _planned(plan, connections[0])
+        owned = {
+            index: await _claim(plan.servers[index], connection, index, hint, len(migrations))
+            for index, connection in enumerate(connections)
+        }
+        tenant_tables = await own_tables(connections[0], framework)
+    except ERRORS as error:
+        raise DatabaseRefused(f"the shards of {plan.service} failed: {error}") from error
+    finally:
+        await _close_all(connections)
+    try:
+        bucket_map = BucketMap.of_owners(owned, version=hint.version)
+    except CoverageBroken as error:
+        raise DatabaseRefused(
+            f"the shards of {plan.service} do not hold every bucket once: {error}. Name all of "
+            "them, in the order in which they were made"
+        ) from error
+    return Prepared(bucket_map, tenant_tables)
+
+
+async def _connect_all(servers: Sequence[Server]) -> list[Any]:
+    results = await asyncio.gather(*(connect(server) for server in servers), return_exceptions=True)
+    failures = []
+    for server, result in zip(servers, results, strict=True):
+        if isinstance(result, ERRORS):
+            reason = str(result) or type(result).__name__
+            failures.append(f"{server} cannot be used ({reason})")
+    if failures:
+        await _close_all([result for result in results if not isinstance(result, BaseException)])
+        raise DatabaseRefused(f"{'; '.join(failures)}: start it, or correct its DSN")
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return list(results)
+
+
+async def _close_all(connections: Sequence[Any]) -> None:
+    for connection in connections:
+        with suppress(*ERRORS):
+            await connection.close(timeout=CLOSE_S_MAX)
+
+
+async def _migrate_all(
+    servers: Sequence[Server], connections: Sequence[Any], migrations: Sequence[Migration]
+) -> None:
+    """Every shard, even if one fails: the others are then at the newest schema, each whole."""
+
+    async def migrate(server: Server, connection: Any) -> str:  # noqa: ANN401
+        try:
+            if await connection.fetchval("SELECT pg_is_in_recovery()"):
+                return f"{server} is a replica: name the primary"
+            await migrate_postgres(connection, str(server), migrations)
+        except MigrationRefused as error:
+            return str(error)
+        except ERRORS as error:
+            return f"{server} was not migrated ({error}); the next start goes on"
+        return ""
+
+    results = await asyncio.gather(
+        *(migrate(server, one) for server, one in zip(servers, connections, strict=True))
+    )
+    if failures := [failure for failure in results if failure]:
+        raise MigrationRefused("; ".join(failures))
+
+
+async def _planned(plan: Plan, control: Any) -> BucketMap:  # noqa: ANN401
+    """The plan of these shards: made now if they are new, else what they were made with."""
+    async with control.transaction():
+        await control.execute(f"SELECT pg_advisory_xact_lock({_PLANNING})")
+        await control.execute(_CONTROL_TABLES)
+        rows = await control.fetch(
+            "SELECT shard_id FROM tenfold_control.bucket_map ORDER BY bucket"
+        )
+        if rows:
+            hint = BucketMap(1, tuple(int(row["shard_id"]) for row in rows))
+        else:
+            count = len(plan.servers)
+            hint = BucketMap.first_owns_all() if plan.owned_by_first else BucketMap.even(count)
+            await control.execute(_INSERT_MAP, list(hint.shard_indexes))
+        known = await control.fetchval("SELECT count(*) FROM tenfold_control.shard")
+        if known > len(plan.servers):
+            raise DatabaseRefused(
+                f"{plan.service} has {known} shards and {len(plan.servers)} were named: name all"
+            )
+        for index in range(known, len(plan.servers)):
+            await control.execute(_INSERT_SHARD, index)
+    return hint
+
+
+async def _claim(
+    server: Server,
+    connection: Any,  # noqa: ANN401
+    index: int,
+    hint: BucketMap,
+    schema_version: int,
+) -> list[int]:
+    """Say in a new shard which it is and what it owns; in an old one, read what it owns."""
+    async with connection.transaction():
+        await connection.execute(f"SELECT pg_advisory_xact_lock({_PLANNING})")
+        shard_id = await connection.fetchval("SELECT shard_id FROM tenfold_shard")
+        if shard_id is None:
+            timeline = await connection.fetchval(_TIMELINE)
+            await connection.execute(_CLAIM_SHARD, index, timeline, schema_version)
+            await connection.execute(_CLAIM_BUCKETS, hint.buckets_of(index))
+        elif shard_id != index:
+            raise DatabaseRefused(
+                f"{server} is shard {shard_id}: name the shards in the order they were made"
+            )
+        await connection.execute("UPDATE tenfold_shard SET schema_version = $1", schema_version)
+        return [row["bucket"] for row in await connection.fetch(_OWNED)]
