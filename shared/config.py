@@ -1,14 +1,16 @@
 """Environment -> frozen settings, read once at start; a wrong value is refused by name.
 
-A config class is a frozen dataclass of str, int, float, bool and Path fields. The variable of a
-field is the prefix and the field's name in capitals. Field metadata: "help" (one line), "unit",
+A config class is a frozen dataclass of str, int, float, bool and Path fields, or of one of these
+or None, its default when nothing is set. The variable of a field is the prefix and the field's
+name in capitals. Field metadata: "help" (one line), "unit",
 "min" and "max", "choices", "secret" (never shown).
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 Config = TypeVar("Config")
 
@@ -17,6 +19,8 @@ TRUE_WORDS, FALSE_WORDS = (
     frozenset({"0", "false", "no", "off"}),
 )
 SECRET_BYTES_MIN = 32
+# Here, since what reads the settings must not load gRPC yet.
+RPC_ENGINES = ("grpcio", "native")
 MASK = "********"
 
 
@@ -50,7 +54,7 @@ def load(config_class: type[Config], prefix: str, environ: Mapping[str, str]) ->
         variable = prefix + entry.name.upper()
         text = environ.get(variable, "")
         if text:
-            values[entry.name] = _parsed(variable, text, hints[entry.name], entry)
+            values[entry.name] = _parsed(variable, text, _without_none(hints[entry.name]), entry)
         elif entry.default is MISSING and entry.default_factory is MISSING:
             raise ConfigError(f"{variable} is not set: {_help(entry)}.")
     return config_class(**values)
@@ -59,7 +63,8 @@ def load(config_class: type[Config], prefix: str, environ: Mapping[str, str]) ->
 def settings(config: object, prefix: str) -> Iterator[Setting]:
     """The variables of a loaded config; secrets are masked."""
     for entry in fields(config):  # type: ignore[arg-type]
-        value = str(getattr(config, entry.name))
+        given = getattr(config, entry.name)
+        value = "" if given is None else str(given)
         shown = MASK if entry.metadata.get("secret") and value else value
         unit = str(entry.metadata.get("unit", ""))
         yield Setting(prefix + entry.name.upper(), shown, _help(entry), unit)
@@ -67,6 +72,11 @@ def settings(config: object, prefix: str) -> Iterator[Setting]:
 
 def _help(entry: "Field[Any]") -> str:
     return str(entry.metadata.get("help", entry.name.replace("_", " ")))
+
+
+def _without_none(hint: object) -> object:
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if kinds else hint
 
 
 def _parsed(variable: str, text: str, kind: object, entry: "Field[Any]") -> object:
@@ -165,14 +175,17 @@ class ProcessConfig:
         default="",
         metadata={"help": "HOST:PORT of /metrics, never a public one; empty serves none"},
     )
-    rpc_engine: str = field(default="grpcio", metadata={"help": "what speaks gRPC"})
+    rpc_engine: str = field(
+        default="grpcio", metadata={"help": "what serves gRPC", "choices": RPC_ENGINES}
+    )
     rpc_calls_max: int = field(
         default=1000, metadata={"help": "unary calls at once", "unit": "calls", "min": 1}
     )
-    rpc_connection_age_s: float = field(
-        default=300,
+    rpc_connection_age_s: float | None = field(
+        default=None,
         metadata={
-            "help": "when clients are asked to connect anew, 0 for never",
+            "help": "when clients are asked to connect anew, 0 for never; empty for what the"
+            " engine does: grpcio after 300, native never",
             "unit": "s",
             "min": 0,
         },

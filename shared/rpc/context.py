@@ -1,5 +1,6 @@
 """What every handler method gets beside its request."""
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Mapping
@@ -43,6 +44,8 @@ class Context:
         "principal",
         "reached_handler",
         "request_id",
+        "started_s",
+        "task",
     )
 
     def __init__(
@@ -65,6 +68,8 @@ class Context:
         self.reached_handler = False
         self.is_replayed = False
         self.awaits_message = False
+        self.task: asyncio.Task[Any] | None = None
+        self.started_s = 0.0
         self._rpc = rpc
 
     def remaining_s(self) -> float:

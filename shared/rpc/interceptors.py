@@ -39,6 +39,8 @@ from shared.identity import (
     TokenRefused,
 )
 from shared.rpc.context import REPLAYED_METADATA, REQUEST_ID_KEY, Context, current_call
+from shared.rpc.engine import Metadata, RpcMethod
+from shared.rpc.expiry import Expiry
 from shared.rpc.policy import REQUEST_ID_FIELD, Access, Idempotency, MethodPolicy
 from shared.rpc.status import status_of
 from shared.rpc.validation import RequestReader
@@ -48,9 +50,14 @@ from shared.telemetry.metrics import Metrics
 REQUEST_ID_CHARACTERS_MAX = 128
 IDEMPOTENCY_KEY = "idempotency-key"
 IDEMPOTENCY_KEY_CHARACTERS_MAX = 255
+METADATA_BYTES_MAX = 16 * 1024
 # Long enough for any message over a slow link; short enough to free what an attacker holds.
 READ_TIMEOUT_S = 10.0
 STREAM_IDLE_S = 60.0
+# A client's stream may have so many messages beyond one for each 256 bytes: an upload in pieces
+# as small as a packet goes on for ever, a flood of one-byte messages does not (S85).
+SMALL_MESSAGES_MAX = 10_000
+SMALL_MESSAGE_BYTES = 256
 CALLS_MAX = 1000
 STREAMS_MAX = 2000
 OVERLOADED_RETRY_AFTER_S = 0.5
@@ -103,8 +110,10 @@ class Chain:
         verifier: believes or refuses identity tokens.
         policies: what may be called by whom, by path.
         calls, streams: how many may run at once.
+        metadata_bytes_max: of one call.
         read_timeout_s: how long the first request message may take to come.
         stream_idle_s: how long each further message of a client's stream may take.
+        small_messages_max: how many of them may be small; see SMALL_MESSAGE_BYTES.
         logs_requests: whether each call leaves a line.
         metrics: where calls are counted and timed.
     """
@@ -113,10 +122,13 @@ class Chain:
     policies: Mapping[str, MethodPolicy]
     calls: Limiter = field(default_factory=lambda: Limiter(CALLS_MAX))
     streams: Limiter = field(default_factory=lambda: Limiter(STREAMS_MAX))
+    metadata_bytes_max: int = METADATA_BYTES_MAX
     read_timeout_s: float = READ_TIMEOUT_S
     stream_idle_s: float = STREAM_IDLE_S
+    small_messages_max: int = SMALL_MESSAGES_MAX
     logs_requests: bool = True
-    open_streams: dict[asyncio.Task[Any], Context] = field(default_factory=dict)
+    open_streams: set[Context] = field(default_factory=set)
+    expiry: Expiry = field(default_factory=Expiry)
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
@@ -128,23 +140,22 @@ class Chain:
         self.metrics.watch(running, lambda: self.calls.running, "call")
         self.metrics.watch(running, lambda: self.streams.running, "stream")
 
-    def wrap(self, path: str, handler: MethodHandler) -> Any:  # noqa: ANN401
+    def wrap(self, path: str, handler: MethodHandler) -> RpcMethod:
         """The handler with the chain around it, to be registered under the same path."""
         policy = self.policies.get(path)
         if policy is None:  # nobody: it answers PERMISSION_DENIED
             shape = handler.request_streaming, handler.response_streaming
             policy = MethodPolicy(path, client_streaming=shape[0], server_streaming=shape[1])
         guarded = _Guarded(self, policy, handler)
-        # The raw reader-writer shapes give control over when, and how long, a message is read.
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(guarded.serve_stream)
-        return grpc.stream_unary_rpc_method_handler(guarded.serve_unary)
+        serve = guarded.serve_stream if handler.response_streaming else guarded.serve_unary
+        return RpcMethod(serve, handler.request_streaming, handler.response_streaming)
 
     def end_streams(self) -> None:
         """Answer every open stream with UNAVAILABLE now: a stop must not wait for them."""
-        for task, call in list(self.open_streams.items()):
+        for call in list(self.open_streams):
             call.has_ended_by_server = True
-            task.cancel()
+            if call.task is not None:
+                call.task.cancel()
 
 
 class _Guarded:
@@ -162,101 +173,83 @@ class _Guarded:
         self._admitted = _ADMITTED[policy.access]
 
     async def serve_unary(self, _requests: object, rpc: Any) -> bytes:  # noqa: ANN401
-        """One answer; registered with the engine."""
-        started_s = time.monotonic()
-        tokens: list[str] = []
-        call = _call_of(self._policy.path, rpc, tokens)
-        timer = _Timer(call)
+        """One answer; see RpcMethod.serve."""
+        call, tokens, metadata_bytes = _call_of(self._policy.path, rpc)
         try:
-            answer = await self._answer(call, rpc, timer, tokens)
+            self._require_small(metadata_bytes)
+            self._admit(call, rpc, tokens)
+            raw = await self._first_message(call, rpc)
+            # Only now: a call whose message never comes holds no place (spec d.1, S76).
+            self._limiter.enter()
+            try:
+                answer = await self._behaviour(self._request_of(raw, call, rpc), call)
+            finally:
+                self._limiter.leave()
             result = self._serialize(answer)
         except BaseException as error:
-            timer.stop()
-            await self._refuse(call, rpc, error, started_s)
-        timer.stop()
-        self._note_end(call, "OK", started_s)
+            await self._refuse(call, rpc, error)
+        self._chain.expiry.forget(call)
+        self._note_end(call, "OK")
         return result
 
     async def serve_stream(self, _requests: object, rpc: Any) -> None:  # noqa: ANN401
-        """A stream of answers; registered with the engine."""
-        started_s = time.monotonic()
-        tokens: list[str] = []
-        call = _call_of(self._policy.path, rpc, tokens)
-        timer = _Timer(call)
-        self._chain.open_streams[timer.task] = call
+        """A stream of answers; see RpcMethod.serve."""
+        call, tokens, metadata_bytes = _call_of(self._policy.path, rpc)
+        self._chain.open_streams.add(call)
         try:
-            await self._answer_stream(call, rpc, timer, tokens)
+            self._require_small(metadata_bytes)
+            self._admit(call, rpc, tokens)
+            await self._answer_stream(call, rpc)
         except BaseException as error:
-            timer.stop()
-            await self._refuse(call, rpc, error, started_s)
+            await self._refuse(call, rpc, error)
         finally:
-            timer.stop()
-            del self._chain.open_streams[timer.task]
-        self._note_end(call, "OK", started_s)
+            self._chain.expiry.forget(call)
+            self._chain.open_streams.remove(call)
+        self._note_end(call, "OK")
 
-    async def _answer(self, call: Context, rpc: Any, timer: "_Timer", tokens: list[str]) -> Any:  # noqa: ANN401
-        request = await self._admit(call, rpc, timer, tokens)
-        call.reached_handler = True
+    async def _answer_stream(self, call: Context, rpc: Any) -> None:  # noqa: ANN401
+        raw = await self._first_message(call, rpc)
+        self._limiter.enter()
         try:
-            return await self._behaviour(request, call)
-        finally:
-            self._limiter.leave()
-
-    async def _answer_stream(
-        self,
-        call: Context,
-        rpc: Any,  # noqa: ANN401
-        timer: "_Timer",
-        tokens: list[str],
-    ) -> None:
-        request = await self._admit(call, rpc, timer, tokens)
-        call.reached_handler = True
-        try:
+            request = self._request_of(raw, call, rpc)
             async with aclosing(self._behaviour(request, call)) as answers:
                 async for answer in answers:
                     await rpc.write(self._serialize(answer))
         finally:
             self._limiter.leave()
 
-    async def _admit(self, call: Context, rpc: Any, timer: "_Timer", tokens: list[str]) -> Any:  # noqa: ANN401
-        """Everything that stands before the handler; returns what it is given as request.
+    def _require_small(self, metadata_bytes: int) -> None:
+        # grpcio tells its peers of a limit, and takes whatever comes from those who do not listen.
+        if metadata_bytes > self._chain.metadata_bytes_max:
+            raise InvalidRequest(
+                f"the metadata is larger than {self._chain.metadata_bytes_max} bytes"
+            )
 
-        On return a place of the limiter is taken.
-        """
-        self._set_deadline(call, rpc, timer)
-        self._identify(call, tokens)
+    def _admit(self, call: Context, rpc: Any, tokens: Sequence[str]) -> None:  # noqa: ANN401
+        """Everything that stands before the request message."""
+        self._set_deadline(call, rpc)
+        if tokens:
+            self._identify(call, tokens)
         self._authorize(call.principal)
         current_call.set(call)
-        if self._policy.client_streaming:
-            call.idempotency_key = self._key_of(None, call)
-            self._limiter.enter()
-            return self._requests(call, rpc)
-        raw = await self._first_message(call, rpc)
-        # Only now: a call whose message never comes holds no place (spec d.1, S76).
-        self._limiter.enter()
-        try:
-            return self._request_of(raw, call)
-        except BaseException:
-            self._limiter.leave()
-            raise
 
-    def _set_deadline(self, call: Context, rpc: Any, timer: "_Timer") -> None:  # noqa: ANN401
+    def _set_deadline(self, call: Context, rpc: Any) -> None:  # noqa: ANN401
         policy, asked_s = self._policy, rpc.time_remaining()
         if asked_s is not None and asked_s <= 0:
             raise DeadlineExceeded("the time for this call was spent before it began")
         left_s = policy.deadline_default_s if asked_s is None else asked_s
         left_s = min(left_s, policy.deadline_max_s)
-        call.deadline_s = time.monotonic() + left_s
+        now_s = time.monotonic()
+        call.deadline_s = now_s + left_s
         deadline.set_deadline(call.deadline_s)
-        # Once for both: by the deadline, and by now for a message that is still awaited.
-        timer.start(min(left_s, self._chain.read_timeout_s))
+        # For both: the deadline, and the time by which the message must have come.
+        self._chain.expiry.watch(call, now_s + min(left_s, self._chain.read_timeout_s))
 
     def _identify(self, call: Context, tokens: Sequence[str]) -> None:
         if len(tokens) > 1:
             raise TokenRefused("more than one identity was given")
-        if tokens:
-            call.principal = self._chain.verifier.verify(tokens[0])
-            call.identity_token = tokens[0]
+        call.principal = self._chain.verifier.verify(tokens[0])
+        call.identity_token = tokens[0]
 
     def _authorize(self, principal: Principal) -> None:
         policy = self._policy
@@ -271,6 +264,9 @@ class _Guarded:
             )
 
     async def _first_message(self, call: Context, rpc: Any) -> bytes:  # noqa: ANN401
+        """The request message; nothing yet of a method whose requests are a stream."""
+        if self._policy.client_streaming:
+            return b""
         call.awaits_message = True
         raw: Any = await rpc.read()
         if raw is grpc.aio.EOF:
@@ -278,8 +274,9 @@ class _Guarded:
         call.awaits_message = False
         return cast("bytes", raw)
 
-    async def _requests(self, call: Context, rpc: Any) -> AsyncIterator[Message]:  # noqa: ANN401
-        while True:
+    async def _requests(self, rpc: Any) -> AsyncIterator[Message]:  # noqa: ANN401
+        small_left = float(self._chain.small_messages_max)
+        while small_left > 0:
             try:
                 async with asyncio.timeout(self._chain.stream_idle_s):
                     raw = await rpc.read()
@@ -287,15 +284,23 @@ class _Guarded:
                 raise DeadlineExceeded("the stream's next message did not come") from error
             if raw is grpc.aio.EOF:
                 return
+            small_left -= 1 - len(raw) / SMALL_MESSAGE_BYTES
             yield self._reader.read(raw)
+        raise InvalidRequest("the stream has too many small messages: send larger ones")
 
-    def _request_of(self, raw: bytes, call: Context) -> Message:
+    def _request_of(self, raw: bytes, call: Context, rpc: Any) -> Any:  # noqa: ANN401
+        """What the handler is given: one message, or an iterator of them."""
+        if self._policy.client_streaming:
+            call.idempotency_key = self._key_of(None, call)
+            call.reached_handler = True
+            return self._requests(rpc)
         request = self._reader.read(raw)
         call.idempotency_key = self._key_of(request, call)
         for name, scope in self._policy.principal_fields:
             value = getattr(request, name)
             if value and value != call.principal.subject and not call.principal.may(scope):
                 raise PermissionDenied(f"{name} must name the caller")
+        call.reached_handler = True
         return request
 
     def _key_of(self, request: Message | None, call: Context) -> str:
@@ -314,29 +319,24 @@ class _Guarded:
             raise InvalidRequest.of_field(REQUEST_ID_FIELD, "must be 1 to 255 printable characters")
         return key
 
-    async def _refuse(
-        self,
-        call: Context,
-        rpc: Any,  # noqa: ANN401
-        error: BaseException,
-        started_s: float,
-    ) -> NoReturn:
+    async def _refuse(self, call: Context, rpc: Any, error: BaseException) -> NoReturn:  # noqa: ANN401
+        self._chain.expiry.forget(call)
         try:
             refusal = _refusal_of(error, call)
         except BaseException:  # the caller left: nobody waits for an answer
-            self._note_end(call, "CANCELLED", started_s)
+            self._note_end(call, "CANCELLED")
             raise
         status = status_of(refusal, request_id=call.request_id)
-        self._note_end(call, status.code.name, started_s, reason=refusal.error_reason)
-        trailing: tuple[tuple[str, str | bytes], ...] = status.trailing_metadata
+        self._note_end(call, status.code.name, reason=refusal.error_reason)
+        trailing: Metadata = status.trailing_metadata
         if call.is_replayed:
             trailing = (*trailing, REPLAYED_METADATA)
         await rpc.abort(status.code, status.message, trailing)
         raise AssertionError("abort raises")
 
-    def _note_end(self, call: Context, code: str, started_s: float, *, reason: str = "") -> None:
+    def _note_end(self, call: Context, code: str, *, reason: str = "") -> None:
         if self._chain.durations is not None:
-            self._chain.durations.note(call.method, code, started_s)
+            self._chain.durations.note(call.method, code, call.started_s)
         if not self._chain.logs_requests:
             return
         fields = {
@@ -344,9 +344,9 @@ class _Guarded:
             "event": "call",
             "method": call.method,
             "code": code,
-            "duration_ms": round((time.monotonic() - started_s) * 1000, 2),
+            "duration_ms": round((time.monotonic() - call.started_s) * 1000, 2),
             "request_id": call.request_id,
-            "principal": call.principal.kind.value,
+            "principal": call.principal.kind,
             "tenant": call.principal.tenant,
             "handled": call.reached_handler,
         }
@@ -366,10 +366,14 @@ def _behaviour_of(handler: MethodHandler) -> Behaviour:
     return cast("Behaviour", behaviour)
 
 
-def _call_of(path: str, rpc: Any, tokens: list[str]) -> Context:  # noqa: ANN401
-    """The call as its metadata describes it; identities go into `tokens`, unread."""
-    metadata = {}
+def _call_of(path: str, rpc: Any) -> tuple[Context, Sequence[str], int]:  # noqa: ANN401
+    """The call as its metadata describes it, the identities in it, unread, and its size.
+
+    The size is what RFC 9113 §6.5.2 counts.
+    """
+    started_s, metadata, tokens, size = time.monotonic(), {}, [], 0
     for key, value in rpc.invocation_metadata():
+        size += len(key) + len(value) + 32
         if key == IDENTITY_METADATA_KEY:
             tokens.append(value)
         elif isinstance(value, str):
@@ -378,39 +382,9 @@ def _call_of(path: str, rpc: Any, tokens: list[str]) -> Context:  # noqa: ANN401
     if not is_request_id(request_id):
         request_id = f"{getrandbits(128):032x}"  # tells calls apart; protects nothing
     log.set_request_id(request_id)
-    return Context(method=path, request_id=request_id, metadata=metadata, rpc=rpc)
-
-
-class _Timer:
-    """Ends a call that takes too long; one timer of the loop, where asyncio.timeout takes three.
-
-    It cancels the call's task and says so in Context.has_expired, by which the boundary tells
-    this from a caller that has left.
-    """
-
-    __slots__ = ("_call", "_handle", "task")
-
-    def __init__(self, call: Context) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self.task = task
-        self._call = call
-        self._handle: asyncio.TimerHandle | None = None
-
-    def start(self, delay_s: float) -> None:
-        self._handle = self.task.get_loop().call_later(delay_s, self._look)
-
-    def stop(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-
-    def _look(self) -> None:
-        left_s = self._call.remaining_s()
-        if left_s > 0 and not self._call.awaits_message:
-            self.start(left_s)
-            return
-        self._call.has_expired = True
-        self.task.cancel()
+    call = Context(method=path, request_id=request_id, metadata=metadata, rpc=rpc)
+    call.started_s, call.task = started_s, asyncio.current_task()
+    return call, tokens, size
 
 
 def is_request_id(text: str) -> bool:

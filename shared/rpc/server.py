@@ -10,9 +10,10 @@ from grpc_reflection.v1alpha import (  # type: ignore[import-untyped]
     reflection_pb2_grpc,
 )
 
+from shared.config import RPC_ENGINES
 from shared.identity import IdentityVerifier
 from shared.lifecycle import Registration
-from shared.rpc.engine import ENGINES, EngineLimits, open_engine
+from shared.rpc.engine import EngineLimits, open_engine
 from shared.rpc.health import Health
 from shared.rpc.interceptors import (
     CALLS_MAX,
@@ -74,7 +75,7 @@ class RpcServerConfig:
         logs_requests: whether each call leaves a line.
     """
 
-    engine: str = ENGINES[0]
+    engine: str = RPC_ENGINES[0]
     limits: EngineLimits = field(default_factory=EngineLimits)
     calls_max: int = CALLS_MAX
     streams_max: int = STREAMS_MAX
@@ -108,8 +109,7 @@ class RpcServer:
         metrics: Metrics | None = None,
     ) -> None:
         self.config = config or RpcServerConfig()
-        self._address = address
-        self._engine = open_engine(self.config.engine, self.config.limits)
+        self._engine = open_engine(self.config.engine, address, self.config.limits)
         self._health = Health()
         self._services: list[str] = []
         known = contract_policies() if policies is None else policies
@@ -118,6 +118,7 @@ class RpcServer:
             policies={**known, **_INFRASTRUCTURE},
             calls=Limiter(self.config.calls_max),
             streams=Limiter(self.config.streams_max),
+            metadata_bytes_max=2 * self.config.limits.metadata_bytes_max,
             read_timeout_s=self.config.read_timeout_s,
             stream_idle_s=self.config.stream_idle_s,
             logs_requests=self.config.logs_requests,
@@ -151,7 +152,7 @@ class RpcServer:
                 method: chain.wrap(f"/{service}/{method}", handler)
                 for method, handler in handlers.items()
             }
-            self._engine.add_handlers(service, wrapped)
+            self._engine.add_methods(service, wrapped)
         return list(collector.handlers)
 
     async def start(self) -> int:
@@ -167,7 +168,7 @@ class RpcServer:
             handler = reflection.aio.ReflectionServicer(names)
             add_reflection = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
             self._register(Registration(add_reflection, handler), self._probes)
-        return await self._engine.start(self._address)
+        return await self._engine.start()
 
     def set_serving(self, service: str, is_serving: bool) -> None:
         """State whether a service serves, by its full name; "" is the process as a whole."""

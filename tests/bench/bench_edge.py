@@ -33,7 +33,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.rpc.engine import ENGINES
+from shared.config import RPC_ENGINES
 from tests.bench.sides import samples
 from tests.bench.sides.children import BESIDE, MEASURED
 from tests.bench.sides.load import Result
@@ -95,7 +95,7 @@ class Pair:
 
 def engines() -> list[str]:
     """What speaks gRPC in our service; the fastest first."""
-    return sorted(ENGINES, key=lambda engine: engine != NATIVE)
+    return sorted(RPC_ENGINES, key=lambda engine: engine != NATIVE)
 
 
 def pairs_of(looker: Looker, sides: Sides, call: Call) -> list[Pair]:

@@ -16,11 +16,12 @@ from typing import Any
 import grpc
 from google.protobuf.wrappers_pb2 import BytesValue
 
+from shared.config import RPC_ENGINES
 from shared.errors import NotFound, TenfoldError, Unavailable
 from shared.identity import IdentityVerifier
 from shared.lifecycle import Registration
 from shared.rpc.context import Context
-from shared.rpc.engine import ENGINES, EngineLimits
+from shared.rpc.engine import EngineLimits
 from shared.rpc.policy import Access, MethodPolicy
 from shared.rpc.server import RpcServer, RpcServerConfig
 from shared.rpc.status import status_of
@@ -31,7 +32,7 @@ POLICIES = {
     path: MethodPolicy(path, access=Access.PUBLIC, retry_safe=path == SAFE) for path in (CALL, SAFE)
 }
 STRANGER = "stranger"
-KINDS = (*ENGINES, STRANGER)
+KINDS = (*RPC_ENGINES, STRANGER)
 MESSAGE_BYTES_MAX = 17 * 1024 * 1024
 
 Metadata = dict[str, str | bytes]

@@ -1,6 +1,7 @@
 """A server to be frozen: prints its port, then serves until killed."""
 
 import asyncio
+import os
 import sys
 
 from tenfold.auth.v1 import auth_service_pb2 as auth
@@ -8,7 +9,7 @@ from tenfold.auth.v1 import auth_service_pb2_grpc as auth_grpc
 
 from shared.identity import IdentityVerifier
 from shared.lifecycle import Registration
-from shared.rpc.server import RpcServer
+from shared.rpc.server import RpcServer, RpcServerConfig
 
 
 class Tokens:
@@ -17,7 +18,8 @@ class Tokens:
 
 
 async def main() -> None:
-    server = RpcServer(address="127.0.0.1:0", verifier=IdentityVerifier({}))
+    config = RpcServerConfig(engine=os.environ["TENFOLD_RPC_ENGINE"])
+    server = RpcServer(address="127.0.0.1:0", verifier=IdentityVerifier({}), config=config)
     server.add(Registration(auth_grpc.add_TokenServiceServicer_to_server, Tokens()))
     port = await server.start()
     server.set_serving("", True)

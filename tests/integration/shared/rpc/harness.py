@@ -1,12 +1,14 @@
 """A real server with small handlers of our own contracts, and callers to it."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
+import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.empty_pb2 import Empty
@@ -27,6 +29,8 @@ from shared.rpc.context import Context
 from shared.rpc.server import RpcServer, RpcServerConfig
 
 SESSIONS = "tenfold.auth.v1.SessionService"
+only_on_grpcio = pytest.mark.parametrize("engine", ["grpcio"], indirect=True)
+only_on_native = pytest.mark.parametrize("engine", ["native"], indirect=True)
 SUBJECT = "01890000-0000-7000-8000-000000000001"
 USER = Principal(
     PrincipalKind.USER,
@@ -127,17 +131,23 @@ class Harness:
 
 @asynccontextmanager
 async def serving(
-    handler: Sessions | None = None, config: RpcServerConfig | None = None, **client: Any
+    handler: Sessions | None = None,
+    config: RpcServerConfig | None = None,
+    others: Sequence[Registration] = (),
+    **client: Any,
 ) -> AsyncIterator[Harness]:
-    """A server with one service, and a client that signs as "services"."""
+    """A server on the engine of the test, and a client that signs as "services"."""
     handler = handler or Sessions()
     (edge_private, edge_public), (own_private, own_public) = key_pair(), key_pair()
     revocations = RevocationList()
     verifier = IdentityVerifier(
         {"edge": edge_public, "services": own_public}, revocations=revocations
     )
+    config = replace(config or RpcServerConfig(), engine=os.environ["TENFOLD_RPC_ENGINE"])
     server = RpcServer(address="127.0.0.1:0", verifier=verifier, config=config)
     server.add(Registration(auth_grpc.add_SessionServiceServicer_to_server, handler))
+    for registration in others:
+        server.add(registration)
     port = await server.start()
     server.set_serving("", True)
     services = IdentitySigner("services", own_private)

@@ -22,6 +22,8 @@ from shared.identity import (
 )
 from tests.integration.shared.rpc.harness import SUBJECT, USER, key_pair, serving
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 PATH = "/tenfold.auth.v1.SessionService/ListSessions"
 ADMIN = replace(USER, kind=PrincipalKind.ADMIN)
 SERVICE = Principal(PrincipalKind.SERVICE, "edge")

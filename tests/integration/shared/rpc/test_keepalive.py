@@ -14,6 +14,7 @@ from shared.rpc.client import Channels, Upstreams
 from shared.signals import send_signal
 
 
+@pytest.mark.usefixtures("engine")
 async def test_a_frozen_server_is_noticed_within_seconds_and_found_again() -> None:
     server = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.integration.shared.rpc.frozen_server",

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
+from shared.config import RPC_ENGINES
 from shared.errors import DeadlineExceeded, TenfoldError, Unavailable, Unreachable
-from shared.rpc.engine import ENGINES
 from shared.rpc.policy import MethodPolicy
 from shared.rpc.unary import UnaryChannel
 from shared.signals import send_signal
@@ -257,7 +257,7 @@ async def test_an_address_that_does_not_serve_is_left_out(names: Names, free_por
         assert (len(first.echo.seen), len(second.echo.seen)) == (0, 20)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", RPC_ENGINES)
 async def test_a_rolling_restart_under_load_fails_no_call(
     names: Names, free_port: int, engine: str
 ) -> None:
