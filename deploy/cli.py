@@ -1,4 +1,4 @@
-"""The operator's commands: tenfold up, status, down, config, demo, edge."""
+"""The operator's commands: tenfold up, status, down, config, demo, edge, quota."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from deploy.local.child import die_with
 from deploy.local.data_folder import DataFolder, children_of, launcher_of
 from deploy.local.errors import LaunchError
 from deploy.local.processes import memory_bytes
+from deploy.quota_commands import quota_app
 from deploy.settings import PREFIX, load_settings, require_known, value_of
 from shared.config import ConfigError, ProcessConfig, load
 
@@ -33,6 +34,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
+
+app.add_typer(quota_app)
 
 DataOption = Annotated[
     Path | None,

@@ -11,8 +11,8 @@ What passes in any time T is at most burst + rate * T, and beyond that, per buck
 - Valkey away: each edge spends its share (rate and burst divided by the number of edges; of a
   strict bucket a quarter of that), beginning with the debt that it last heard of. All edges
   together stay within one rate; what they had not heard of is at most one burst, once;
-- Valkey flushed, restarted empty or evicting: whoever asks next brings along the debt that it
-  knows. What no edge has heard of is at most one burst, once per loss.
+- Valkey flushed, restarted empty or evicting: whoever asks next, and for 5 s everybody, brings
+  along the debt that it knows. What no edge has heard of is at most one burst, once per loss.
 """
 
 import hashlib
@@ -49,7 +49,9 @@ RETURNS_MAX = 1000
 # The first key is the caller's own: a refused call pays one point there, if another bucket
 # refused it, and nothing anywhere else.
 #
-# A hash per bucket: "f" is when it is full, an edge's name is its lease, "points end".
+# A hash per bucket: "f" is when it is full, an edge's name is its lease, "points end". "l" is when
+# it was found to be lost: for a moment after that, what each edge knows of the debt counts, since
+# the first that came may have known least.
 _DECIDE_LUA = """
 local edge, lease_us = ARGV[1], tonumber(ARGV[2])
 local now_us, cost = tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -62,11 +64,13 @@ for i, key in ipairs(KEYS) do
   local at = 4 + (i - 1) * 8
   local b = {refill_us = tonumber(ARGV[at + 1]), burst_us = tonumber(ARGV[at + 2]),
     held = tonumber(ARGV[at + 6]), want = tonumber(ARGV[at + 7]), others = 0, last_us = 0}
-  local full_at_us
+  local full_at_us, lost_at_us
   local fields = redis.call('HGETALL', key)
   for j = 1, #fields, 2 do
     if fields[j] == 'f' then
       full_at_us = tonumber(fields[j + 1])
+    elseif fields[j] == 'l' then
+      lost_at_us = tonumber(fields[j + 1])
     else
       local points, end_us = string.match(fields[j + 1], '(%d+) (%d+)')
       points, end_us = tonumber(points), tonumber(end_us)
@@ -79,8 +83,10 @@ for i, key in ipairs(KEYS) do
     end
   end
   local debt_us = math.max(0, (full_at_us or 0) - now_us)
-  if not full_at_us or ARGV[at + 4] == '1' then
-    debt_us = math.max(debt_us, math.min(tonumber(ARGV[at + 3]), b.burst_us))
+  local known_us = math.min(tonumber(ARGV[at + 3]), b.burst_us)
+  if not full_at_us and known_us > 0 then lost_at_us, b.is_lost = now_us, true end
+  if ARGV[at + 4] == '1' or (lost_at_us and now_us - lost_at_us < 5000000) then
+    debt_us = math.max(debt_us, known_us)
   end
   b.debt_us = math.max(0, debt_us - tonumber(ARGV[at + 5]) * b.refill_us)
   b.cost_us = math.min(cost * b.refill_us, b.burst_us)
@@ -116,6 +122,7 @@ for i, b in ipairs(buckets) do
     redis.call('DEL', key)
   else
     redis.call('HSET', key, 'f', string.format('%.0f', now_us + b.debt_us))
+    if b.is_lost then redis.call('HSET', key, 'l', string.format('%.0f', now_us)) end
     local kept_us = math.max(b.debt_us, b.last_us - now_us)
     redis.call('PEXPIRE', key, math.ceil(kept_us / 1000) + 1000)
   end

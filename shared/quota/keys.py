@@ -16,8 +16,9 @@ REVISION_KEY = "quota!revision"
 EDGES_KEY = "quota!edges"
 # What the edges obey now, as JSON: for the operator's commands.
 EFFECTIVE_KEY = "quota!effective"
-# The field of a bucket that holds when it will be full; leases are fields named by their edge.
-FULL_AT_FIELD = "f"
+# Fields of a bucket: when it will be full, and when it was found to be lost, microseconds; all
+# others are leases, named by their edge.
+FULL_AT_FIELD, LOST_AT_FIELD = "f", "l"
 
 
 class Level(StrEnum):

@@ -10,6 +10,7 @@ from contextlib import (
     closing,
 )
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -86,6 +87,7 @@ def start_edge(behind: Behind, valkey_url: str) -> StartEdge:
         is_ready: bool = True,
         metrics: Metrics | None = None,
         quota_timeout_s: float = 5.0,
+        quota_plans: Path | None = None,
     ) -> AsyncIterator[Edge]:
         config = replace(
             config or EdgeConfig(drain_s=1.0),
@@ -95,7 +97,12 @@ def start_edge(behind: Behind, valkey_url: str) -> StartEdge:
         )
         upstreams = Upstreams.parse(f"*={behind.address}")
         around = Surroundings(
-            upstreams, behind.edge_signer, valkey, SystemClock(), metrics=metrics or Metrics()
+            upstreams,
+            behind.edge_signer,
+            valkey,
+            SystemClock(),
+            metrics=metrics or Metrics(),
+            quota_plans=quota_plans,
         )
         async with AsyncExitStack() as stack:
             listener = stack.enter_context(closing(bind(config.listen, setting="listen")))

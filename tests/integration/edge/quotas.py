@@ -3,15 +3,18 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
 from deploy.local import servers
 from deploy.local.address import free_addresses
+from deploy.local.supervisor import WRAPPER
 from edge.accounts import Account, Bucket
 from edge.quota_store import Verdict
 from edge.quota_valkey import ValkeyQuotas, open_valkey
@@ -75,6 +78,15 @@ async def stores_on(
         yield stores
 
 
+async def until_back(store: ValkeyQuotas) -> None:
+    """Ask for Valkey until it answers."""
+    for _ in range(200):
+        if await store.beat() is not None:
+            return
+        await asyncio.sleep(0.05)
+    raise TimeoutError
+
+
 async def passed(caller: Caller, store: ValkeyQuotas, calls: int, cost: int = 1, **how) -> int:
     """How many of so many calls, one after the other, are let in."""
     return sum([(await caller.spend(store, cost, **how)).is_allowed for _ in range(calls)])
@@ -98,14 +110,18 @@ class Valkey:
         )
         config = Path(program.argv[-1])
         config.write_text(config.read_text() + self._extra)
-        self._process = subprocess.Popen(program.argv, stdout=subprocess.DEVNULL)
-        loop = asyncio.new_event_loop()
-        try:
-            poll_until(
-                lambda: loop.run_until_complete(program.is_ready()), timeout_s=30, what="valkey"
-            )
-        finally:
-            loop.close()
+        command = [sys.executable, "-I", "-S", str(WRAPPER), str(os.getpid()), "-", *program.argv]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        poll_until(self._answers, timeout_s=30, what="valkey")
+
+    def _answers(self) -> bool:
+        with (
+            suppress(OSError),
+            socket.create_connection((self._address.host, self._address.port), timeout=1) as talk,
+        ):
+            talk.sendall(f"AUTH {self._token}\r\nPING\r\n".encode())
+            return talk.recv(100).startswith(b"+OK")
+        return False
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None

@@ -1,11 +1,17 @@
 """Quotas as a client of the edge meets them, counted in a real Valkey."""
 
-from dataclasses import replace
+import asyncio
+import json
+from dataclasses import dataclass, replace
+from functools import partial
 from uuid import uuid4
 
 import pytest
+from typer.testing import CliRunner
 
+from deploy.cli import app
 from edge.config import EdgeConfig
+from shared.config import ConfigError
 from tests.integration.edge.behind import KNOWN
 from tests.integration.edge.quotas import AWAY
 
@@ -95,3 +101,127 @@ async def test_one_address_cannot_take_the_whole_edge(start_edge):
     async with start_edge(config, is_ready=False) as edge:
         codes = [(await edge.client.get("/healthz")).status_code for _ in range(20)]
         assert 429 in codes
+
+
+async def policy_of(edge, headers) -> tuple[int, str]:
+    answer = await edge.client.get(PATH, headers=headers)
+    return answer.status_code, answer.headers["ratelimit-policy"].split(",")[0]
+
+
+async def until_policy(edge, headers, policy: str, status_code: int = 0) -> None:
+    """The policy of the caller's own bucket is this, and perhaps the status that."""
+    async with asyncio.timeout(10):
+        while True:
+            status, seen = await policy_of(edge, headers)
+            if seen == policy and status_code in (0, status):
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_plans_of_a_file_are_obeyed_and_change_without_a_restart(start_edge, tmp_path):
+    file = tmp_path / "plans.toml"
+    file.write_text('[plans.default.api]\ncredential = {rate = "1/min", burst = 70}\n')
+    async with start_edge(SMALL, quota_plans=file) as edge:
+        headers = edge.bearer()
+        assert (await policy_of(edge, headers))[1] == '"api";q=70;w=4200'
+        file.write_text('[plans.default.api]\ncredential = {rate = "1/min", burst = 80}\n')
+        await until_policy(edge, headers, '"api";q=80;w=4800')
+        file.write_text("[plans.default.api]\ncredential = 1\n")  # wrong: the last good one stays
+        await asyncio.sleep(1.5)
+        assert (await policy_of(edge, headers))[1] == '"api";q=80;w=4800'
+
+
+async def test_each_tenant_has_its_plan(start_edge, tmp_path):
+    file = tmp_path / "plans.toml"
+    gold = '[plans.gold.api]\ncredential = {rate = "1/min", burst = 70}\ntenant = "unlimited"\n'
+    file.write_text(f'[tenants]\nacme = "gold"\n{gold}')
+    async with start_edge(SMALL, quota_plans=file) as edge:
+        answer = await edge.client.get(PATH, headers=edge.bearer(tenant="acme"))
+        assert answer.headers["ratelimit-policy"] == '"api";q=70;w=4200'
+        assert (await policy_of(edge, edge.bearer()))[1] == '"api";q=50;w=500'
+
+
+async def test_a_wrong_file_of_plans_ends_the_start_and_names_the_key(start_edge, tmp_path):
+    file = tmp_path / "plans.toml"
+    file.write_text('[plans.gold.apo]\ntenant = "unlimited"\n')
+    with pytest.raises(ConfigError, match=r"plans.gold.apo.tenant: no contract names this bucket"):
+        async with start_edge(SMALL, quota_plans=file):
+            pass
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command printed, or why it stopped."""
+
+    out: str
+    error: str
+
+
+async def tenfold(url: str, *words: str) -> Said:
+    invoke = partial(CliRunner().invoke, app, ["quota", *words], env={"TENFOLD_VALKEY_URL": url})
+    done = await asyncio.to_thread(invoke)
+    return Said(done.stdout, str(done.exception or ""))
+
+
+async def run(url: str, *words: str) -> str:
+    said = await tenfold(url, *words)
+    assert not said.error
+    return said.out
+
+
+async def until_shown(url: str) -> None:
+    """An edge tells what it obeys within its first second."""
+    async with asyncio.timeout(10):
+        while (await tenfold(url, "show")).error:  # noqa: ASYNC110 - it is another process's
+            await asyncio.sleep(0.05)
+
+
+async def test_an_operator_shows_sets_and_resets_while_edges_run(start_edge, own_db):
+    async with start_edge(SMALL, valkey=own_db) as one, start_edge(SMALL, valkey=own_db) as two:
+        headers = one.bearer(sid="quota-command")
+        await until_policy(one, headers, '"api";q=50;w=500')
+        for _ in range(60):
+            await one.client.get(PATH, headers=headers)
+        assert (await two.client.get(PATH, headers=headers)).status_code == 429
+        shown = json.loads(await run(own_db, "show", "--credential", "quota-command", "--json"))
+        assert shown["edges"] == 2
+        [left] = [row for row in shown["left"] if row["level"] == "credential"]
+        assert left["remaining_points"] <= 2
+        await run(own_db, "reset", "--credential", "quota-command")
+        await until_policy(two, headers, '"api";q=50;w=500', status_code=200)
+        # What one operator sets, every edge obeys.
+        limit = ("--bucket", "api", "--level", "credential")
+        await run(own_db, "set", *limit, "--rate", "1/min", "--burst", "99")
+        for edge in (one, two):
+            await until_policy(edge, headers, '"api";q=99;w=5940')
+        assert "default          api          credential  1/min burst 99  (set)" in await run(
+            own_db, "show"
+        )
+        await run(own_db, "set", *limit, "--unset")
+        await until_policy(two, headers, '"api";q=50;w=500')
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("set", "--bucket", "apo", "--level", "tenant", "--unlimited"), "no bucket 'apo': api"),
+        (("set", "--bucket", "api", "--level", "user", "--unlimited"), "'user' is none of"),
+        (("set", "--bucket", "api", "--level", "tenant", "--rate", "1/w"), "'1/w' must be points"),
+        (("set", "--bucket", "api", "--level", "tenant", "--rate", "1/s"), "burst: None must be"),
+        (("set", "--tenant", "acme", "--plan", "golf"), "no plan 'golf': default"),
+        (("set",), "either --bucket and --level, or --tenant"),
+    ],
+)
+async def test_a_wrong_command_changes_nothing_and_says_what_is_wrong(
+    start_edge, own_db, words, named
+):
+    async with start_edge(SMALL, valkey=own_db):
+        await until_shown(own_db)
+        assert named in (await tenfold(own_db, *words)).error
+        assert "(set)" not in await run(own_db, "show")
+
+
+async def test_without_an_edge_or_a_valkey_a_command_says_so(own_db):
+    nobody = own_db.removesuffix("7") + "9"
+    assert "No edge has told" in (await tenfold(nobody, "show")).error
+    assert "Valkey does not answer" in (await tenfold(AWAY, "show")).error
