@@ -1,1 +1,1 @@
-"""Shards of rows: ids that carry their bucket, effects that happen once; SQLite or Postgres below."""
+"""Shards of rows: ids that carry their bucket, effects that happen once; two engines below."""
