@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from edge.contracts import ContractError
 from edge.etags import Condition, ETags, etags_of, tag_of_etag
 from edge.fields import AnyMessage, descriptor_of
-from edge.http1 import HeaderList
+from edge.http1_text import HeaderList
 from edge.negotiation import choose_media_type
 from edge.routes import NAME_FIELD, Route
 from edge.transcode import HTTP_BODY, JSON, answer_type, response_json

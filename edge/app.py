@@ -18,7 +18,8 @@ from edge.cors import Cors, is_preflight
 from edge.deadlines import connect_timeout_of, timeout_of
 from edge.exchange import Exchange, address_block
 from edge.health import Readiness
-from edge.http1 import HeaderList, Http1Request
+from edge.http1_request import Http1Request
+from edge.http1_text import HeaderList, Refusal
 from edge.measures import Measures
 from edge.problem import ErrorTeller, problem_of, status_of
 from edge.quota_store import LocalQuotaStore, Verdict
@@ -132,6 +133,22 @@ class EdgeApp:
         self._parts.open_streams.end_all(
             Unavailable("This edge is restarting; connect again.", retry_after_s=1)
         )
+
+    def note_refusal(self, refusal: Refusal) -> None:
+        """Log and count what the HTTP server has refused before it was a request."""
+        self.measures.note_refusal(refusal.reason, refusal.status)
+        if log.writes_requests():
+            log.write_request_line(
+                {
+                    "level": "info",
+                    "component": "edge",
+                    "event": "refused",
+                    "request_id": refusal.request_id,
+                    "status": refusal.status,
+                    "reason": refusal.reason,
+                    "detail": refusal.detail,
+                }
+            )
 
     async def serve(self, request: Http1Request) -> None:
         """Answer one request."""

@@ -21,7 +21,7 @@ from edge.exchange import Exchange, address_block, too_large
 from edge.fields import AnyMessage
 from edge.forwarding import Forwarding, headers_of, in_bytes, metadata_of
 from edge.gzipped import GzipStream
-from edge.http1 import HeaderList
+from edge.http1_text import HeaderList
 from edge.json_text import Wrong
 from edge.negotiation import NO_CODINGS, Codings, require_media_type
 from edge.problem import ErrorTeller, problem_of

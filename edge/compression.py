@@ -25,7 +25,7 @@ from edge.answer import Answer
 from edge.etags import tag_of_gzip
 from edge.exchange import Exchange
 from edge.gzipped import COMPRESSED_BYTES_MIN, compress, decompress
-from edge.http1 import HeaderList
+from edge.http1_text import HeaderList
 from edge.negotiation import NO_CODINGS, Codings, codings_of
 from edge.refusals import NotAcceptable, UnsupportedMediaType
 

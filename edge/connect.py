@@ -28,7 +28,7 @@ from edge.binary import message_of_bytes
 from edge.exchange import Exchange
 from edge.fields import descriptor_of
 from edge.gzipped import compress, decompress, is_worth_compressing
-from edge.http1 import HeaderList
+from edge.http1_text import HeaderList
 from edge.json_text import Wrong
 from edge.problem import INTERNAL_DETAIL, headers_of, json_field
 from edge.query import parse_query

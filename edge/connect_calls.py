@@ -34,7 +34,7 @@ from edge.connect import (
 from edge.exchange import Exchange
 from edge.forwarding import Crossing, Forwarding, headers_of, in_bytes
 from edge.gzipped import compress, decompress, is_worth_compressing
-from edge.http1 import HeaderList
+from edge.http1_text import HeaderList
 from edge.refusals import PreconditionUnsupported
 from edge.shapes import shape_of
 from edge.upstream import Reply, Upstream, UpstreamStream

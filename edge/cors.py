@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from edge.exchange import Exchange
 from edge.forwarding import Forwarding
-from edge.http1 import HeaderList
+from edge.http1_text import HeaderList
 from edge.routes import Match, NoMatch, Route, RouteTable
 
 PREFLIGHT_MAX_AGE_S = 600

@@ -1,32 +1,24 @@
 """One HTTP request and its answer, as the steps of `edge.app` see them."""
 
 import asyncio
-import contextlib
 import ipaddress
 import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import count
-from secrets import randbits, token_hex
 
 from edge.charges import Charge
-from edge.http1 import HeaderList, Http1Request
+from edge.http1_request import Http1Request
+from edge.http1_text import HeaderList
 from edge.refusals import BodyTooLarge, ClientLeft, HttpRefusal, RequestTimeout
+from edge.request_ids import request_id_of
 from edge.routes import Route
 from shared.identity import PUBLIC, Principal
 
-# After an early answer, what is still read of the body so that the client sees the answer
-# and not a reset (RFC 9112 §9.6).
-LINGER_BYTES_MAX = 16 * 1024 * 1024
-LINGER_S = 2.0
 # Blocks of addresses that were seen last; to work one out costs more than to route a request.
 ADDRESSES_KEPT_MAX = 4096
 
-_PROCESS_ID = token_hex(8)
-_request_numbers = count(randbits(63))
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._~-]{1,128}")
 _TRACEPARENT = re.compile(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _SECURITY_HEADERS = (
     b"x-content-type-options: nosniff\r\nreferrer-policy: no-referrer\r\nx-frame-options: DENY\r\n"
@@ -74,7 +66,7 @@ class Exchange:
             request,
             request.address if address is None else address,
             headers,
-            _well_formed(_REQUEST_ID, headers.get(b"x-request-id")) or _new_request_id(),
+            request_id_of(headers),
         )
         if b"traceparent" in headers:
             exchange.traceparent = _well_formed(_TRACEPARENT, headers[b"traceparent"])
@@ -175,12 +167,8 @@ class Exchange:
         await self.request.drained()
 
     async def finish(self) -> None:
-        """End the answer; what is left of an unread body is read for a moment first."""
+        """End the answer."""
         head, self._head = self._head, b""
-        if not self.body_is_read and self.has_body:
-            self.request.end(head)
-            head = b""
-            await self._linger()
         self.request.write(head, b"", is_last=True)
         if not self.request.has_left:
             await self.request.drained()
@@ -191,11 +179,7 @@ class Exchange:
         """Send a whole answer."""
         lengths = [] if status in (204, 304) else [(b"content-length", b"%d" % len(body))]
         head = self._begin(status, [*headers, *lengths])
-        if self.has_body and not self.body_is_read:
-            self.request.write(head, body, is_last=False)
-            await self.finish()
-        else:
-            self.request.write(head, body, is_last=True)
+        self.request.write(head, body, is_last=True)
 
     def _begin(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         assert not self.is_answered
@@ -229,13 +213,6 @@ class Exchange:
     async def until_client_leaves(self) -> None:
         """Return when the connection is closed; only after the body is read."""
         await self.request.until_left()
-
-    async def _linger(self) -> None:
-        left_bytes = LINGER_BYTES_MAX
-        with contextlib.suppress(TimeoutError, ClientLeft):
-            async with asyncio.timeout(LINGER_S):
-                while left_bytes > 0 and (chunk := await self.request.next_chunk()):
-                    left_bytes -= len(chunk)
 
 
 class BodyChunks:
@@ -304,11 +281,6 @@ def _address(peer: str, headers: dict[bytes, bytes], trusted_hops: int) -> str:
     """What the farthest trusted proxy saw; the client's own claims are ignored."""
     hops = headers.get(b"x-forwarded-for", b"").decode("latin-1").split(",")
     return hops[-trusted_hops].strip() if len(hops) >= trusted_hops and hops[0] else peer
-
-
-def _new_request_id() -> str:
-    """128 bits that no other request has, without asking the kernel for each."""
-    return f"{_PROCESS_ID}{next(_request_numbers):016x}"
 
 
 def _joined(pairs: HeaderList) -> dict[bytes, bytes]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from edge.contracts import ContractError, MethodInfo
 from edge.exchange import Exchange
-from edge.http1 import HeaderList
+from edge.http1_text import HeaderList
 from edge.refusals import HeadersTooLarge
 from shared import log
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from google.protobuf.message import Message
 
 from edge.exchange import BodyChunks, Exchange
-from edge.http1 import HeaderList
+from edge.http1_text import HeaderList
 from edge.refusals import ClientLeft, HttpRefusal
 from edge.routes import Route
 from shared.errors import Internal, NotFound, TenfoldError, Unavailable

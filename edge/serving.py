@@ -8,12 +8,15 @@ from functools import partial
 
 from edge.app import EdgeApp
 from edge.config import EdgeConfig
-from edge.http1 import ConnectionLimits, Http1Request, Server
+from edge.http1 import ConnectionLimits, Server
+from edge.http1_request import Http1Request
 from shared import log
 from shared.listening import BACKLOG
 
 # After the drain what is left is cancelled; then this for it to notice.
 STOP_MARGIN_S = 2.0
+# For the last answers to arrive; closed before, a client that still sends could lose its own.
+STOP_LINGER_S = 0.5
 
 _log = log.get_logger("edge")
 
@@ -29,7 +32,7 @@ async def serving(app: EdgeApp, config: EdgeConfig, listener: socket.socket) -> 
         config.head_timeout_s, config.keep_alive_s, config.connections_per_address_max
     )
     requests = _Requests(app)
-    server = Server(requests.begin, limits)
+    server = Server(requests.begin, limits, app.note_refusal)
     loop = asyncio.get_running_loop()
     acceptor = await loop.create_server(server.connection, sock=listener, backlog=BACKLOG)
     port: int = listener.getsockname()[1]
@@ -42,6 +45,7 @@ async def serving(app: EdgeApp, config: EdgeConfig, listener: socket.socket) -> 
             acceptor.close()
             server.stop()
             await requests.finish(config.drain_s)
+            await server.ended(STOP_LINGER_S)
             for connection in tuple(server.connections):
                 connection.close()
             sweeper.cancel()

@@ -39,7 +39,7 @@ from edge.answer import content_type_of
 from edge.exchange import Exchange
 from edge.fields import AnyMessage
 from edge.gzipped import GzipStream
-from edge.http1 import HeaderList
+from edge.http1_text import HeaderList
 from edge.negotiation import choose_media_type
 from edge.refusals import ClientLeft
 from edge.shapes import CURSOR_FIELD

@@ -35,7 +35,7 @@ class ValkeyConnection:
     """A connection that is made at the first command, and again after it was lost.
 
     Args:
-        url: redis://user:password@host:port/0, rediss:// for TLS.
+        url: redis://user:password@host:port/0, rediss:// for TLS, unix:///path for a socket.
         timeout_s: for connecting, and for each answer. An answer that takes longer ends the
             connection: everything behind it would be late, too.
     """
@@ -46,12 +46,14 @@ class ValkeyConnection:
         self._timeout_s = timeout_s
         self._wire: _Wire | None = None
         self._connecting = asyncio.Lock()
+        self._is_closed = False
 
     async def execute(self, *words: str | bytes) -> Any:  # noqa: ANN401 - whatever RESP holds
         """Carry out a command once.
 
         Raises:
-            ValkeyError: it was refused, or the connection broke, perhaps after it had its effect.
+            ValkeyError: it was refused, or the connection broke, perhaps after it had its effect;
+                or this was closed.
             OSError: no connection could be made.
             TimeoutError: there is no connection, or no answer, within timeout_s.
         """
@@ -65,7 +67,8 @@ class ValkeyConnection:
         return await wire.send(command)
 
     def close(self) -> None:
-        """Close the connection; what waits for an answer fails."""
+        """Close for good; what waits for an answer fails, and so does what is asked later."""
+        self._is_closed = True
         if self._wire is not None:
             self._wire.end(ValkeyError("the connection was closed here"))
 
@@ -73,19 +76,32 @@ class ValkeyConnection:
         async with asyncio.timeout(self._timeout_s), self._connecting:
             if self._wire is not None and not self._wire.is_closed:
                 return self._wire
-            loop, where = asyncio.get_running_loop(), self._where
-            host, port = where.get("host", "localhost"), where.get("port", 6379)
-            context = ssl.create_default_context() if self._is_tls else None
-            _, wire = await loop.create_connection(
-                lambda: _Wire(self._timeout_s), host, port, ssl=context
-            )
+            self._require_open()
+            wire = await self._open()
             try:
                 await self._introduce(wire)
+                self._require_open()  # it may have been closed meanwhile
             except BaseException:
                 wire.end(ValkeyError("the connection was not accepted"))
                 raise
             self._wire = wire
             return wire
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise ValkeyError("the connection was closed here")
+
+    async def _open(self) -> "_Wire":
+        loop, where = asyncio.get_running_loop(), self._where
+        if path := where.get("path"):
+            _, wire = await loop.create_unix_connection(lambda: _Wire(self._timeout_s), path)
+            return wire
+        host, port = where.get("host", "localhost"), where.get("port", 6379)
+        context = ssl.create_default_context() if self._is_tls else None
+        _, wire = await loop.create_connection(
+            lambda: _Wire(self._timeout_s), host, port, ssl=context
+        )
+        return wire
 
     async def _introduce(self, wire: "_Wire") -> None:
         where = self._where

@@ -43,6 +43,9 @@ class EdgeApp:
     def drain(self) -> None:
         """Nothing is open."""
 
+    def note_refusal(self, _refusal: Any) -> None:
+        """Nothing is counted."""
+
 
 def run_edge(port: int) -> None:
     from edge.config import EdgeConfig

@@ -5,15 +5,11 @@ import gc
 import json
 import re
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from functools import partial
 
 import pytest
 
-from edge import http1
 from edge.config import EdgeConfig
-from edge.http1 import ConnectionLimits, Http1Request, Server
+from shared import log
 from tests.integration.edge.behind import KNOWN
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"
@@ -56,7 +52,12 @@ BAD_FRAMING = {
     "S6 space before colon": GET + b"A : b\r\n\r\n",
     "S6 folded": GET + b"A: b\r\n c\r\n\r\n",
     "S6 no name": GET + b": b\r\n\r\n",
-    "S13 absolute form": b"GET http://a/healthz HTTP/1.1\r\nHost: a\r\n\r\n",
+    "S13 another scheme": b"GET ftp://a/healthz HTTP/1.1\r\nHost: a\r\n\r\n",
+    "S13 user in target": b"GET http://b@a/healthz HTTP/1.1\r\nHost: a\r\n\r\n",
+    "S13 fragment": b"GET http://a#/healthz HTTP/1.1\r\nHost: a\r\n\r\n",
+    "S13 target without host": b"GET http:///healthz HTTP/1.1\r\nHost: a\r\n\r\n",
+    "S13 absolute, two hosts": b"GET http://a/healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+    "S13 absolute, no host": b"GET http://a/healthz HTTP/1.1\r\n\r\n",
     "S13 authority form": b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
     "S13 8-bit target": b"GET /\xc3\xa9 HTTP/1.1\r\nHost: a\r\n\r\n",
     "S14 no host": b"GET /healthz HTTP/1.1\r\n\r\n",
@@ -191,46 +192,48 @@ async def test_a_fault_outside_the_apps_boundary_ends_the_connection(start_edge,
         assert (await edge.client.get("/healthz")).status_code == 200
 
 
-@asynccontextmanager
-async def answering_at_once(body: bytes) -> AsyncIterator[tuple[Server, list[Http1Request], int]]:
-    """A server whose every answer is the body; the requests that it began, and its port."""
-    begun: list[Http1Request] = []
-
-    def serve(request: Http1Request) -> None:
-        begun.append(request)
-        head = request.begin(200, [(b"content-length", b"%d" % len(body))], b"")
-        loop.call_soon(partial(request.write, head, body, is_last=True))
-
-    loop = asyncio.get_running_loop()
-    server = Server(serve, ConnectionLimits(10.0, 10.0, 100))
-    async with await loop.create_server(server.connection, "127.0.0.1", 0) as listening:
-        yield server, begun, listening.sockets[0].getsockname()[1]
-
-
-async def test_a_client_that_reads_no_answers_is_served_no_further_until_it_does():
-    async with answering_at_once(b"x" * 1_000_000) as (_, begun, port):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        # So long that no one read brings more of them than may wait.
-        writer.write((GET + b"A: %b\r\n\r\n" % (b"x" * 20_000)) * 100)
-        await asyncio.sleep(0.3)
-        assert len(begun) < 30  # what the sockets' buffers hold
-        async with asyncio.timeout(10):
-            await reader.readexactly(100_000_000)
-        assert len(begun) == 100
-        writer.close()
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"http://a/healthz", 200),
+        (b"HTTPS://other.example:8443/healthz?a=/b", 200),
+        (b"http://[::1]:80/healthz", 200),
+        (b"http://a", 404),
+        (b"http://a?/healthz", 404),
+        (b"http://a//healthz", 404),
+    ],
+    ids=["usual", "another host", "IPv6", "no path", "only a query", "two slashes"],
+)
+async def test_an_absolute_target_means_its_path(edge, target, status):
+    assert statuses(await edge.raw(b"GET " + target + b" HTTP/1.1\r\nHost: a\r\n\r\n")) == [status]
 
 
-async def test_a_client_that_never_reads_its_answers_is_cut_off(monkeypatch):
-    monkeypatch.setattr(http1, "WRITE_TIMEOUT_S", 0.1)
-    async with answering_at_once(b"x" * 10_000_000) as (server, begun, port):
-        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
-        writer.write(SMUGGLED * 3)
-        async with asyncio.timeout(5):
-            while not begun or server.connections:
-                server.sweep()
-                await asyncio.sleep(0.05)
-        assert not server.limits.open_by_address
-        writer.close()
+MINE = b"Host: a\r\nX-Request-Id: mine\r\n"
+REFUSED = {
+    "400": (b"GET /\0 HTTP/1.1\r\n\r\n", 400, "BAD_HTTP"),
+    "408": (b"GET /healthz HTTP/1.1\r\n" + MINE + b"A", 408, "HEADERS_TOO_SLOW"),
+    "414": (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n", 414, "TARGET_TOO_LARGE"),
+    "431": (b"GET / HTTP/1.1\r\n" + MINE + b"A: b\r\n" * 200, 431, "HEADERS_TOO_LARGE"),
+    "body": (CHUNKED.replace(b"Host: a\r\n", MINE) + b"zz\r\n", 400, "BAD_HTTP"),
+}
+
+
+@pytest.mark.parametrize(("sent", "status", "reason"), REFUSED.values(), ids=REFUSED.keys())
+async def test_what_is_refused_before_it_is_a_request_is_found_in_the_log_by_its_id(
+    start_edge, capfd, sent, status, reason
+):
+    async with start_edge(EdgeConfig(head_timeout_s=0.3, drain_s=1.0)) as edge:
+        answer = await edge.raw(sent, silence_s=3)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        told = json.loads(body)
+        assert (told["status"], told["reason"]) == (status, reason)
+        assert f"x-request-id: {told['request_id']}".encode() in head
+        assert (told["request_id"] == "mine") == (b"mine" in sent)
+        log.writer().flush()
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    ours = [line for line in lines if line.get("request_id") == told["request_id"]]
+    [line] = [line for line in ours if line["event"] == "refused"]
+    assert (line["status"], line["reason"]) == (status, reason)
 
 
 async def test_an_upgrade_is_declined_by_answering(edge):

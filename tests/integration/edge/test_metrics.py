@@ -87,6 +87,10 @@ async def strange_method(edge: Edge) -> None:
     assert (await edge.client.request("PROPFIND", "/nowhere")).status_code == 404
 
 
+async def bad_framing(edge: Edge) -> None:
+    assert await edge.raw(b"GET /\0 HTTP/1.1\r\n\r\n")
+
+
 def request_of(route: str, method: str, status: int) -> dict[str, str]:
     return {
         "http_route": route,
@@ -106,6 +110,7 @@ def request_of(route: str, method: str, status: int) -> dict[str, str]:
         (known, CALL, {**GET_ACCOUNT, "rpc_grpc_status_code": "OK"}),
         (unknown, CALL, {**GET_ACCOUNT, "rpc_grpc_status_code": "NOT_FOUND"}),
         (nowhere, "tenfold_http_refusals_total", {"reason": "ROUTE_NOT_FOUND"}),
+        (bad_framing, "tenfold_http_refusals_total", {"reason": "BAD_HTTP"}),
         (anonymous, "tenfold_http_refusals_total", {"http_response_status_code": "401"}),
         (known, "tenfold_quota_decisions_total", {"quota": "api", "decision": "allowed"}),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 from edge.auth import ApiKeys, ResolvedKey, SigningKeys, authorize, bearer_of, has_valid_checksum
 from edge.exchange import Exchange
-from edge.http1 import Http1Request
+from edge.http1_request import Http1Request
 from edge.refusals import HttpRefusal
 from shared.errors import PermissionDenied, Unauthenticated, Unavailable
 from shared.identity import PUBLIC, AccessTokenVerifier, Principal, PrincipalKind, RevocationList

@@ -6,7 +6,7 @@ import pytest
 
 from edge.deadlines import timeout_of
 from edge.exchange import Exchange, address_block
-from edge.http1 import Http1Request
+from edge.http1_request import Http1Request
 from edge.refusals import ClientLeft, HttpRefusal, NotAcceptable
 from edge.streams import Ndjson, Sse, choose_framing, choose_media_type
 
