@@ -13,13 +13,17 @@ a crash Postgres may give the number of a lost transaction to another one.
 import asyncio
 import hashlib
 import random
+import time
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 from uuid import UUID
 
+from shared import deadline
 from shared.clock import Clock, to_us
 from shared.db import limits
 from shared.db import once as once_rules
@@ -47,7 +51,6 @@ from shared.errors import (
 # Per process and shard. Apart, so that a transaction that reads never waits for its own kind.
 WRITERS_MAX = 4
 READERS_MAX = 4
-COMMIT_S_MAX = 5.0
 UNDO_S_MAX = 1.0
 RESOLVE_S_MAX = 5.0
 # How long a call follows a bucket that is on its way before it says so (spec/data.md §4).
@@ -194,15 +197,21 @@ class PostgresShard:
 
     async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
         """See Reader.fetch_all."""
-        for tries_left in reversed(range(_TRIES_ON_LOST_CONNECTION)):
-            async with self.readers.lend() as connection:
-                try:
-                    return await connection.fetch(sql, arguments)
-                except Unavailable:
-                    if connection.is_usable or not tries_left:
-                        raise
-            self.readers.expire()  # the server has restarted: what is idle is dead as well
-        raise AssertionError("unreachable")
+        return await self._fetch(sql, *arguments)
+
+    async def _fetch(self, sql: str, *arguments: object) -> list[dict[str, Any]]:
+        tries_left = _TRIES_ON_LOST_CONNECTION
+        while True:
+            connection = await self.readers.take()
+            try:
+                return await connection.fetch(sql, arguments)
+            except Unavailable:
+                tries_left -= 1
+                if connection.is_usable or not tries_left:
+                    raise
+                self.readers.expire()  # the server has restarted: what is idle is dead as well
+            finally:
+                self.readers.give_back(connection)
 
     async def fetch_owned(self, bucket: int, sql: str, *arguments: object) -> Sequence[Row]:
         """Rows of a statement on one bucket, if this shard may speak for it.
@@ -210,10 +219,12 @@ class PostgresShard:
         Raises:
             BucketElsewhere: it may not.
         """
-        found = await self.fetch_all(owned_read(sql, len(arguments)), *arguments, bucket)
+        found = await self._fetch(owned_read(sql, len(arguments)), *arguments, bucket)
         if not found[0]["tenfold_readable"]:
             raise BucketElsewhere(bucket, "not readable here", None)
-        return [_without_marks(row) for row in found if row["tenfold_found"]]
+        if len(found) == 1 and not found[0]["tenfold_found"]:
+            return []
+        return [_without_marks(row) for row in found]
 
     async def fetch_covered(self, sql: str, *arguments: object) -> Covered:
         """See Shard.fetch_covered."""
@@ -228,43 +239,15 @@ class PostgresShard:
                 raise
         return Covered(rows, {row["bucket"]: row["epoch"] for row in owned})
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Transaction]:
+    def transaction(self) -> "Turn":
         """See Shard.transaction."""
-        async with self.begun("SELECT tenfold_enter_every()", EVERY_BUCKET) as tx:
-            yield tx
+        return Turn(self, "SELECT tenfold_enter_every()", EVERY_BUCKET)
 
-    @asynccontextmanager
-    async def begun(self, admission: str, bucket: int) -> AsyncIterator[PostgresTransaction]:
-        """A transaction that begins with this statement and commits when the block is left.
-
-        Raises:
-            BucketElsewhere: the admission was refused; the block was not entered.
-        """
-        task = asyncio.current_task()
-        if task in self.holders:
-            raise ValueError("a transaction inside a transaction of the same shard may wait for it")
-        async with self.writers.lend() as connection:
-            tx = PostgresTransaction(connection, bucket, self)
-            self.holders.add(task)
-            try:
-                async with bounded(limits.TURN_S_MAX, limits.TURN_TOO_LONG):
-                    await connection.run(f"BEGIN; {admission}")
-                    yield tx
-                tx.require_whole()
-                await self._commit(tx)
-            except BaseException:
-                await _undo(connection)
-                raise
-            finally:
-                tx.is_over = True
-                self.holders.discard(task)
-
-    async def _commit(self, tx: PostgresTransaction) -> None:
+    async def commit(self, tx: PostgresTransaction) -> None:
+        """Commit, or say that it did not happen, or that nobody can say."""
         BEFORE_COMMIT.visit()
         try:
-            async with asyncio.timeout(COMMIT_S_MAX):
-                await tx.connection.raw.execute("COMMIT")
+            await tx.connection.raw.execute("COMMIT")  # bounded by the command timeout
         except ERRORS as error:
             translated = translate(error)
             if not isinstance(translated, Unavailable | DeadlineExceeded):
@@ -314,6 +297,78 @@ class PostgresShard:
         await self.readers.close()
 
 
+class Turn:
+    """One transaction of one shard, from BEGIN to COMMIT; one block.
+
+    Written out rather than as a generator in generators: it is the path of every write.
+
+    Raises:
+        BucketElsewhere: the admission was refused; the block is not entered.
+    """
+
+    def __init__(self, shard: PostgresShard, admission: str, bucket: int) -> None:
+        self._shard = shard
+        self._admission = admission
+        self._bucket = bucket
+        self._task: asyncio.Task[object] | None = None
+        self._tx: PostgresTransaction
+        self._limit: asyncio.Timeout
+
+    async def __aenter__(self) -> PostgresTransaction:
+        """Take a connection, begin, be admitted."""
+        shard, task = self._shard, asyncio.current_task()
+        if task in shard.holders:
+            raise ValueError("a transaction inside a transaction of the same shard may wait for it")
+        timeout_s = deadline.timeout_s(limits.TURN_S_MAX)
+        connection = await shard.writers.take()
+        shard.holders.add(task)
+        self._task, self._limit = task, asyncio.timeout(timeout_s)
+        self._tx = PostgresTransaction(connection, self._bucket, shard)
+        await self._limit.__aenter__()
+        try:
+            await connection.run(f"BEGIN; {self._admission}")
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return self._tx
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Commit, or roll back; the connection goes back whatever happens."""
+        tx, is_whole = self._tx, False
+        try:
+            await self._end_in_time(kind, error, trace)
+            if error is None:
+                tx.require_whole()
+                await self._shard.commit(tx)
+                is_whole = True
+        finally:
+            tx.is_over = True
+            self._shard.holders.discard(self._task)
+            try:
+                if not is_whole:
+                    await _undo(tx.connection)
+            finally:
+                self._shard.writers.give_back(tx.connection)
+
+    async def _end_in_time(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError as late:
+            raise DeadlineExceeded(limits.TURN_TOO_LONG) from late
+        if self._limit.expired():  # the block went on regardless
+            raise DeadlineExceeded(limits.TURN_TOO_LONG)
+
+
 @dataclass(frozen=True)
 class PostgresBucket:
     """See Bucket."""
@@ -335,16 +390,17 @@ class PostgresBucket:
             except BucketElsewhere as elsewhere:
                 await following.step(elsewhere)
 
-    @asynccontextmanager
-    async def transaction(
+    def transaction(
         self, once: Once | None = None, *, also: Collection[int] = ()
-    ) -> AsyncIterator[Transaction]:
+    ) -> AbstractAsyncContextManager[Transaction]:
         """See Bucket.transaction."""
-        self._require_one_shard(also)
         if once is None or not once.request_id:
-            async with self._admitted(also) as tx:
-                yield tx
-            return
+            return BucketTurn(self, also)
+        return self._once(once, also)
+
+    @asynccontextmanager
+    async def _once(self, once: Once, also: Collection[int]) -> AsyncIterator[Transaction]:
+        self.require_one_shard(also)
         home = once_rules.home_bucket(once, self.shards.secret)
         is_joined = self.shards.shard_of(home) is self.shards.shard_of(self.number)
         if not is_joined:
@@ -370,7 +426,7 @@ class PostgresBucket:
     async def _remembering(
         self, once: Once, home: int, is_joined: bool, also: Collection[int]
     ) -> AsyncIterator[PostgresTransaction]:
-        async with self._admitted(also, key=once) as tx:
+        async with BucketTurn(self, also, once) as tx:
             memory = once_rules.Memory(tx, once, home, is_joined, self._now_us())
             await memory.recall()
             tx.memory = memory
@@ -387,7 +443,7 @@ class PostgresBucket:
         also: Collection[int],
     ) -> None:
         """In a transaction of its own: the first has undone all, what it began included."""
-        async with self._admitted(also, key=once) as tx:
+        async with BucketTurn(self, also, once) as tx:
             memory = once_rules.Memory(tx, once, home, is_joined, self._now_us())
             await memory.recall()
             if memory.answered:
@@ -395,31 +451,53 @@ class PostgresBucket:
             await memory.remember_refusal(refusal)
 
     async def _claim(self, once: Once, home: int) -> None:
-        async with PostgresBucket(self.shards, home)._admitted((), key=once) as tx:
+        async with BucketTurn(PostgresBucket(self.shards, home), (), once) as tx:
             await once_rules.claim_at_home(
                 tx, once, home=home, target_bucket=self.number, now_us=self._now_us()
             )
 
-    @asynccontextmanager
-    async def _admitted(
-        self, also: Collection[int], *, key: Once | None = None
-    ) -> AsyncIterator[PostgresTransaction]:
-        """A transaction on whatever shard has these buckets now; under a key, alone with it."""
-        async with AsyncExitStack() as stack:
-            yield await self._enter(stack, admission_of({self.number, *also}, key), key)
+    def require_one_shard(self, also: Collection[int]) -> None:
+        """Refuse buckets that live elsewhere: a ValueError."""
+        for bucket in also:
+            if self.shards.shard_of(bucket) is not self.shards.shard_of(self.number):
+                raise ValueError(f"buckets {self.number} and {bucket} are on different shards")
 
-    async def _enter(
-        self, stack: AsyncExitStack, admission: str, key: Once | None
-    ) -> PostgresTransaction:
-        following, tries_left = Following(self.shards), _TRIES_ON_LOST_CONNECTION
+    def _now_us(self) -> int:
+        return self.shards.shard_of(self.number).now_us()
+
+
+class BucketTurn:
+    """A Turn on whatever shard has these buckets now.
+
+    Args:
+        bucket: the transaction's own.
+        also: further ones.
+        key: the request that must be alone with its key, if there is one.
+    """
+
+    def __init__(
+        self, bucket: PostgresBucket, also: Collection[int], key: Once | None = None
+    ) -> None:
+        self._bucket = bucket
+        self._also = also
+        self._key = key
+        self._turn: Turn
+
+    async def __aenter__(self) -> PostgresTransaction:
+        """Follow the bucket to where it can be entered."""
+        bucket = self._bucket
+        bucket.require_one_shard(self._also)
+        admission = admission_of({bucket.number, *self._also}, self._key)
+        following, tries_left = Following(bucket.shards), _TRIES_ON_LOST_CONNECTION
         while True:
-            shard = self.shards.shard_of(self.number)
+            shard = bucket.shards.shard_of(bucket.number)
+            self._turn = Turn(shard, admission, bucket.number)
             try:
-                return await stack.enter_async_context(shard.begun(admission, self.number))
+                return await self._turn.__aenter__()
             except BucketElsewhere as elsewhere:
                 await following.step(elsewhere)
             except Aborted as error:
-                if key is None:
+                if self._key is None:
                     raise
                 raise IdempotencyInFlight(
                     "the first request under this id is still running", retry_after_s=RETRY_AFTER_S
@@ -431,13 +509,14 @@ class PostgresBucket:
                     raise
                 shard.expire()
 
-    def _require_one_shard(self, also: Collection[int]) -> None:
-        for bucket in also:
-            if self.shards.shard_of(bucket) is not self.shards.shard_of(self.number):
-                raise ValueError(f"buckets {self.number} and {bucket} are on different shards")
-
-    def _now_us(self) -> int:
-        return self.shards.shard_of(self.number).now_us()
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """See Turn."""
+        await self._turn.__aexit__(kind, error, trace)
 
 
 def admission_of(buckets: Collection[int], key: Once | None) -> str:
@@ -459,7 +538,7 @@ class Following:
 
     def __init__(self, shards: "PostgresShards") -> None:
         self._shards = shards
-        self._ends_s = asyncio.get_running_loop().time() + FOLLOW_S_MAX
+        self._ends_s = time.monotonic() + FOLLOW_S_MAX
 
     async def step(self, elsewhere: BucketElsewhere) -> None:
         """Find the bucket, or wait a little.
@@ -469,7 +548,7 @@ class Following:
         """
         if await self._shards.locate(elsewhere.bucket):
             return
-        if asyncio.get_running_loop().time() > self._ends_s:
+        if time.monotonic() > self._ends_s:
             raise Unavailable(
                 "this part of the data is moving; try again",
                 metadata={"bucket": str(elsewhere.bucket)},
@@ -596,9 +675,6 @@ async def _pause() -> None:
     await asyncio.sleep(FOLLOW_PAUSE_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
 
 
-def _without_marks(row: Row) -> Row:
-    return {
-        name: value
-        for name, value in row.items()
-        if name not in {"tenfold_readable", "tenfold_found"}
-    }
+def _without_marks(row: dict[str, Any]) -> Row:
+    del row["tenfold_readable"], row["tenfold_found"]
+    return row

@@ -6,6 +6,7 @@ transaction; a connection that met a protocol error is closed, never used again.
 """
 
 import asyncio
+import math
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +25,6 @@ from shared.db.errors import (
     UniqueViolation,
 )
 from shared.db.limits import RETRY_AFTER_S
-from shared.db.port import Row
 from shared.db.sql import to_postgres
 from shared.db.tenancy import TenantCheck
 from shared.errors import Aborted, DeadlineExceeded, InvalidRequest, TenfoldError, Unavailable
@@ -69,11 +69,18 @@ class Backend:
 
 
 class Connection:
-    """One open connection; it belongs to one task at a time."""
+    """One open connection; it belongs to one task at a time.
+
+    Attributes:
+        raw: asyncpg's.
+        backend: the server's side of it.
+        dies_at_s: on time.monotonic(): not lent any more from then on.
+    """
 
     def __init__(self, raw: Any, tenants: TenantCheck, backend: Backend) -> None:  # noqa: ANN401
         self.raw = raw
         self.backend = backend
+        self.dies_at_s = math.inf
         self._tenants = tenants
 
     @property
@@ -88,7 +95,7 @@ class Connection:
         except ERRORS as error:
             raise translate(error) from error
 
-    async def fetch(self, sql: str, arguments: Sequence[object]) -> list[Row]:
+    async def fetch(self, sql: str, arguments: Sequence[object]) -> list[dict[str, Any]]:
         """Every row of a statement."""
         self._tenants.require(sql)
         try:

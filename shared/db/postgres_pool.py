@@ -6,6 +6,7 @@ that comes back. Ours has nothing to reset: all that we set ends with its transa
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,12 +26,6 @@ AGE_S_MAX = 600.0
 PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 0.3
 
 
-@dataclass(eq=False)
-class _Held:
-    connection: Connection
-    dies_at_s: float
-
-
 @dataclass
 class Pool:
     """Lends connections, the last returned first.
@@ -44,8 +39,8 @@ class Pool:
     server: Server
     tenants: TenantCheck
     size_max: int
-    _idle: list[_Held] = field(default_factory=list)
-    _lent: set[_Held] = field(default_factory=set)
+    _idle: list[Connection] = field(default_factory=list)
+    _lent: set[Connection] = field(default_factory=set)
     _waiting: int = 0
     _refused_until_s: float = 0.0
     _is_closed: bool = False
@@ -61,28 +56,45 @@ class Pool:
 
     @asynccontextmanager
     async def lend(self) -> AsyncIterator[Connection]:
-        """Borrow a connection. One that comes back inside a transaction, or broken, is closed.
+        """Borrow a connection. See take."""
+        connection = await self.take()
+        try:
+            yield connection
+        finally:
+            self.give_back(connection)
+
+    async def take(self) -> Connection:
+        """Borrow a connection; give it back.
 
         Raises:
             Overloaded: too many wait, or have waited too long.
             DeadlineExceeded: the caller's time was spent waiting.
             Unavailable: the server cannot be reached.
         """
-        await self._take_slot()
-        try:
-            held = await self._take()
-            self._lent.add(held)
-            try:
-                yield held.connection
-            finally:
-                self._lent.discard(held)
-                self._give_back(held)
-        finally:
-            self._slots.release()
-
-    async def _take_slot(self) -> None:
         if self._is_closed:
             raise Unavailable("the database is closing", retry_after_s=RETRY_AFTER_S)
+        if self._slots.locked():
+            await self._wait_for_slot()
+        else:
+            await self._slots.acquire()  # at once: a timer would cost more than it
+        try:
+            connection = self._take_idle() or await self._connect()
+        except BaseException:
+            self._slots.release()
+            raise
+        self._lent.add(connection)
+        return connection
+
+    def give_back(self, connection: Connection) -> None:
+        """End a loan; what comes back broken or inside a transaction is closed."""
+        self._lent.discard(connection)
+        if connection.is_usable and not self._is_closed:
+            self._idle.append(connection)
+        else:
+            connection.terminate()
+        self._slots.release()
+
+    async def _wait_for_slot(self) -> None:
         if self._waiting >= WAITING_MAX:
             raise Overloaded("too many wait for the database", retry_after_s=RETRY_AFTER_S)
         self._waiting += 1
@@ -97,42 +109,40 @@ class Pool:
         finally:
             self._waiting -= 1
 
-    async def _take(self) -> _Held:
-        now_s = asyncio.get_running_loop().time()
+    def _take_idle(self) -> Connection | None:
+        now_s = time.monotonic()
         while self._idle:
-            held = self._idle.pop()
-            if held.connection.is_usable and now_s < held.dies_at_s:
-                return held
-            held.connection.terminate()
-        if now_s < self._refused_until_s:
+            connection = self._idle.pop()
+            if connection.is_usable and now_s < connection.dies_at_s:
+                return connection
+            connection.terminate()
+        return None
+
+    async def _connect(self) -> Connection:
+        if time.monotonic() < self._refused_until_s:
             raise Unavailable(f"{self.server.name} cannot be reached", retry_after_s=RETRY_AFTER_S)
         try:
             async with asyncio.timeout(deadline.timeout_s(WAIT_S_MAX)):
                 connection = await open_connection(self.server, self.tenants)
         except (TenfoldError, TimeoutError) as error:
             pause_s = random.uniform(PAUSE_S_MIN, PAUSE_S_MAX)  # noqa: S311 - jitter, no secret
-            self._refused_until_s = asyncio.get_running_loop().time() + pause_s
+            self._refused_until_s = time.monotonic() + pause_s
             if isinstance(error, TimeoutError):
                 raise DeadlineExceeded("the time was spent connecting to the database") from None
             raise
         age_s = AGE_S_MAX * random.uniform(0.8, 1.2)  # noqa: S311 - jitter, no secret
-        return _Held(connection, asyncio.get_running_loop().time() + age_s)
-
-    def _give_back(self, held: _Held) -> None:
-        if held.connection.is_usable and not self._is_closed:
-            self._idle.append(held)
-        else:
-            held.connection.terminate()
+        connection.dies_at_s = time.monotonic() + age_s
+        return connection
 
     def expire(self) -> None:
         """Close what is idle: the server behind it has gone or changed its role."""
         while self._idle:
-            self._idle.pop().connection.terminate()
+            self._idle.pop().terminate()
 
     async def close(self) -> None:
         """Close every connection; safe to repeat."""
         self._is_closed = True
         while self._idle:
-            await self._idle.pop().connection.close()
-        for held in self._lent:
-            held.connection.terminate()
+            await self._idle.pop().close()
+        for connection in self._lent:
+            connection.terminate()
