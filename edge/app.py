@@ -30,6 +30,7 @@ from edge.refusals import (
 )
 from edge.routes import Match, RouteTable
 from edge.streams import OpenStreams
+from edge.upstream import Upstream
 from shared import log
 from shared.errors import (
     Internal,
@@ -89,6 +90,7 @@ class Parts:
 
     Attributes:
         routes: which method answers what.
+        upstream: the services.
         calls: makes those of REST.
         connect_calls: makes those in the Connect protocol.
         authenticator: None where the upstream knows no identities.
@@ -99,6 +101,7 @@ class Parts:
     """
 
     routes: RouteTable
+    upstream: Upstream
     calls: Calls
     connect_calls: ConnectCalls
     charges: Charges
@@ -212,6 +215,7 @@ class EdgeApp:
         elif not self._find_route(exchange):
             await self._answer_options(exchange)
         else:
+            self._shed(exchange)
             self._bound_time(exchange)
             await self._authenticate(exchange)
             self._authorize(exchange)
@@ -295,6 +299,10 @@ class EdgeApp:
             await exchange.respond(403, [(b"vary", b"origin")])
         else:
             await exchange.respond(204, headers)
+
+    def _shed(self, exchange: Exchange) -> None:
+        """Refuse what its service could not take anyway, before it costs anything."""
+        self._parts.upstream.guard(exchange.call.method).check()
 
     def _bound_time(self, exchange: Exchange) -> None:
         """The deadline runs from the first byte of the request."""

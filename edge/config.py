@@ -108,6 +108,17 @@ class EdgeConfig:
     requests_max: int = field(
         default=2000, metadata={"help": "requests in flight, streams included", "min": 1}
     )
+    upstream_calls_max: int = field(
+        default=1000,
+        metadata={
+            "help": "unary calls under way at one upstream; fewer while it is slow",
+            "min": 1,
+        },
+    )
+    method_calls_share: float = field(
+        default=0.5,
+        metadata={"help": "what one method may have of an upstream's calls", "min": 0.01},
+    )
     connections_per_address_max: int = field(
         default=2048, metadata={"help": "open connections from one address", "min": 1}
     )

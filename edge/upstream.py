@@ -6,18 +6,20 @@ contract, a setting or a raw binding lists.
 """
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from google.protobuf.message import DecodeError, Message
 
 from edge.contracts import MethodInfo
+from edge.guards import Guards, MethodGuard
 from edge.raw import RETRY_AFTER_S, STATUS_KEY
 from shared.errors import Internal, TenfoldError, Unavailable
 from shared.identity import IDENTITY_METADATA_KEY, Principal
 from shared.rpc.context import REPLAYED_METADATA, REQUEST_ID_KEY
 from shared.rpc.header_block import Headers
-from shared.rpc.unary import UnaryChannel
+from shared.rpc.unary import Answer, UnaryChannel
 
 TRACE_KEY = "traceparent"
 _REPLAYED_NAME, _REPLAYED_VALUE = (part.encode() for part in REPLAYED_METADATA)
@@ -92,12 +94,22 @@ class Upstream:
     Args:
         channels: one channel per process behind it.
         signer: makes identity tokens; None sends none, for servers that know none.
+        guards: refuse what would be too much for a service.
     """
 
-    def __init__(self, channels: ChannelSource, signer: Signer | None) -> None:
+    def __init__(self, channels: ChannelSource, signer: Signer | None, guards: Guards) -> None:
         self._channels = channels
         self._signer = signer
+        self._guards = guards
+        self._guard_of: dict[str, MethodGuard] = {}
         self._starts: dict[str, Any] = {}
+
+    def guard(self, method: MethodInfo) -> MethodGuard:
+        """What counts the calls of a method, and may refuse them."""
+        guard = self._guard_of.get(method.full_name)
+        if guard is None:
+            guard = self._guard_of[method.full_name] = self._guards.of(method)
+        return guard
 
     async def unary(self, method: MethodInfo, request: Message, caller: Caller) -> Reply:
         """Call a unary method.
@@ -105,33 +117,55 @@ class Upstream:
         Raises:
             TenfoldError: what the service, or the way there, refused.
         """
-        channel = self._channels.unary_channel(method.service)
+        guard, payload = self.guard(method), request.SerializeToString()
+        if not guard.try_enter():
+            await guard.wait()
         try:
-            answer = await channel.call(
-                method.full_name,
-                request.SerializeToString(),
-                metadata=self._metadata(caller),
-                timeout_s=caller.timeout_s,
-            )
+            answer = await self._guarded(guard, method, payload, caller)
+        finally:
+            guard.leave()
+        try:
             message = method.output.FromString(answer.message)
         except DecodeError as error:
             raise Internal(f"{method.full_name} answered with another message") from error
         return Reply.of(message, answer.initial, answer.trailing)
 
+    async def _guarded(
+        self, guard: MethodGuard, method: MethodInfo, payload: bytes, caller: Caller
+    ) -> Answer:
+        rounds, began_s = guard.pass_breakers(), time.monotonic()
+        try:
+            answer = await self._channels.unary_channel(method.service).call(
+                method.full_name,
+                payload,
+                metadata=self._metadata(caller),
+                timeout_s=caller.timeout_s,
+            )
+        except TenfoldError as error:
+            guard.note_error(error, rounds, began_s, caller.timeout_s)
+            raise
+        except BaseException:
+            guard.note_nothing(rounds)
+            raise
+        guard.note_answer(rounds, began_s)
+        return answer
+
     def stream(self, method: MethodInfo, request: Message, caller: Caller) -> "UpstreamStream":
         """Start a server-streaming call; whoever starts it cancels it in the end."""
+        opening = _Opening(self.guard(method))
         call = self._start(method)(
             request, timeout=caller.timeout_s, metadata=self._metadata(caller)
         )
-        return UpstreamStream(call)
+        return UpstreamStream(call, opening)
 
     def bidirectional(self, method: MethodInfo, caller: Caller) -> "UpstreamRawCall":
         """Start a call with a client stream; whoever starts it cancels it in the end.
 
         One answer and a stream of one look the same on the wire.
         """
+        opening = _Opening(self.guard(method))
         call = self._start(method)(timeout=caller.timeout_s, metadata=self._metadata(caller))
-        return UpstreamRawCall(call)
+        return UpstreamRawCall(call, opening)
 
     def _metadata(self, caller: Caller) -> list[tuple[str, str]]:
         metadata = [(REQUEST_ID_KEY, caller.request_id), *caller.extra]
@@ -159,15 +193,48 @@ class Upstream:
         return start
 
 
+class _Opening:
+    """Tells the guard of a stream, once, whether anybody answered it.
+
+    Raises:
+        Unavailable: a breaker is open.
+    """
+
+    def __init__(self, guard: MethodGuard) -> None:
+        self._guard = guard
+        self._rounds: tuple[int, int] | None = guard.pass_breakers()
+
+    def succeed(self) -> None:
+        if self._rounds is not None:
+            self._guard.note_life(self._rounds)
+            self._rounds = None
+
+    def fail(self, error: TenfoldError) -> None:
+        if self._rounds is not None:
+            self._guard.note_stream_error(error, self._rounds)
+            self._rounds = None
+
+    def leave(self) -> None:
+        if self._rounds is not None:
+            self._guard.note_nothing(self._rounds)
+            self._rounds = None
+
+
 class UpstreamStream:
     """See streams.MessageStream."""
 
-    def __init__(self, call: Any) -> None:  # noqa: ANN401 - grpc's own call
+    def __init__(self, call: Any, opening: _Opening) -> None:  # noqa: ANN401 - grpc's own call
         self._call = call
+        self._opening = opening
 
     async def read(self) -> Message | None:
         """See streams.MessageStream.read."""
-        message = await self._call.read()
+        try:
+            message = await self._call.read()
+        except TenfoldError as error:
+            self._opening.fail(error)
+            raise
+        self._opening.succeed()
         return message if isinstance(message, Message) else None  # else it is grpc.aio.EOF
 
     async def initial_metadata(self) -> Mapping[str, str]:
@@ -180,14 +247,15 @@ class UpstreamStream:
 
     def cancel(self) -> None:
         """See streams.MessageStream.cancel."""
+        self._opening.leave()
         self._call.cancel()
 
 
 class UpstreamRawCall(UpstreamStream):
     """See raw.RawCall."""
 
-    def __init__(self, call: Any) -> None:  # noqa: ANN401 - grpc's own call
-        super().__init__(call)
+    def __init__(self, call: Any, opening: _Opening) -> None:  # noqa: ANN401 - grpc's own call
+        super().__init__(call, opening)
         self._write_has_failed = False
 
     async def read(self) -> Message | None:

@@ -17,6 +17,7 @@ from edge.connect_calls import ConnectCalls
 from edge.contracts import load_contracts
 from edge.cors import Cors
 from edge.foreign import Tell, contracts_of_file, contracts_of_servers, opened, require_upstreams
+from edge.guards import Guards
 from edge.health import Readiness
 from edge.live_plans import LivePlans
 from edge.problem import problem_of
@@ -124,7 +125,14 @@ async def open_edge(
         plans.on_change = accounts.forget
         store = await _quota_store(stack, config, around, plans, accounts)
         authenticator = await _authenticator(stack, config, around, channels, open_streams)
-        upstream, limits = Upstream(channels, around.signer), _call_limits(config)
+        guards = Guards(
+            channels,
+            around.upstreams.target_of,
+            calls_max=config.upstream_calls_max,
+            method_share=config.method_calls_share,
+            metrics=around.metrics,
+        )
+        upstream, limits = Upstream(channels, around.signer, guards), _call_limits(config)
         calls = Calls(
             upstream,
             open_streams,
@@ -137,6 +145,7 @@ async def open_edge(
         yield EdgeApp(
             Parts(
                 routes=api.routes,
+                upstream=upstream,
                 calls=calls,
                 connect_calls=ConnectCalls(upstream, calls, limits, api.forwarding),
                 charges=Charges(store, api.prices, accounts),

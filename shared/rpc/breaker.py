@@ -28,7 +28,7 @@ class BreakerLimits:
     window_s: float = 10.0
     lasting_s: float = 0.25
     open_s: float = 0.5
-    open_max_s: float = 10.0
+    open_max_s: float = 5.0
 
 
 DEFAULT_LIMITS = BreakerLimits()
@@ -50,6 +50,7 @@ class Breaker:
 
     Attributes:
         is_closed: whether every call passes.
+        opened_at_s: when it did so for the last time.
         round: the number of its changes of state.
 
     Source: M. Nygard, "Release It!", circuit breaker; the two conditions and the growing time
@@ -68,6 +69,7 @@ class Breaker:
         "_successes",
         "_window_since_s",
         "is_closed",
+        "opened_at_s",
         "round",
     )
 
@@ -82,7 +84,7 @@ class Breaker:
         self.is_closed = True
         self.round = 0
         self._openings = 0  # in a row, without a forgiving time between
-        self._open_until_s = float("-inf")
+        self.opened_at_s = self._open_until_s = float("-inf")
         self._is_probed = False
         self._in_a_row = self._successes = self._failures = 0
         self._first_in_a_row_s = self._window_since_s = float("-inf")
@@ -104,6 +106,10 @@ class Breaker:
         if self._is_probed:
             return self._limits.open_s
         return max(0.0, self._open_until_s - now_s)
+
+    def hurry(self) -> None:
+        """Let the next probe go now: something has happened for which it is worth to ask."""
+        self._open_until_s = float("-inf")
 
     def note_success(self, round_: int) -> None:
         """A call that was let in was answered."""
@@ -146,11 +152,12 @@ class Breaker:
 
     def _open(self, now_s: float) -> None:
         limits = self._limits
-        if self.is_closed and now_s - self._open_until_s > FORGIVEN_AFTER * limits.open_max_s:
+        if self.is_closed and now_s - self.opened_at_s > FORGIVEN_AFTER * limits.open_max_s:
             self._openings = 0
         # Bounded, too: two to the power of a long night is no float.
         length_s = min(limits.open_max_s, limits.open_s * 2.0 ** min(self._openings, 30))
         self._openings += 1
+        self.opened_at_s = now_s
         self._open_until_s = now_s + length_s * random.uniform(1 - SPREAD, 1)  # noqa: S311
         self.is_closed = self._is_probed = False
         self.round += 1

@@ -97,7 +97,7 @@ class Channels:
         calls_max: calls at once per target; more wait for a place within their deadline.
         checks_health: whether a target that says NOT_SERVING gets no calls.
         tls: how servers are believed; None speaks plaintext.
-        metrics: where unary calls are timed.
+        metrics: where unary calls are timed, and retries counted.
     """
 
     def __init__(
@@ -120,7 +120,10 @@ class Channels:
         self._keepalive_s, self._ping_timeout_s = keepalive_s, ping_timeout_s
         self._checks_health = checks_health
         self._tls = tls
-        self._durations = client_durations(metrics or Metrics())
+        metrics = metrics or Metrics()
+        self._durations = client_durations(metrics)
+        text = "Unary calls that were made again; streams are retried by gRPC itself."
+        self._retries = metrics.counter("tenfold_rpc_retries_total", text, "target")
         self._channels: dict[str, Channel] = {}
         self._unary_channels: dict[str, UnaryChannel] = {}  # by target
         self._unary_of_service: dict[str, UnaryChannel] = {}
@@ -174,6 +177,7 @@ class Channels:
                 ping_timeout_s=self._ping_timeout_s,
                 tls=self._tls,
                 durations=self._durations,
+                retries=self._retries.of(target),
             )
         self._unary_of_service[service] = channel
         return channel

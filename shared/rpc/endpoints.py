@@ -52,6 +52,9 @@ class Endpoints:
         watch_block: the headers of a health watch; b"" takes every connection to serve.
         keepalive_s, ping_timeout_s: see Http2Connection.
         tls: how the servers are believed to be the host; None speaks plaintext.
+
+    Attributes:
+        served_at_s: when one of them began to take calls for the last time.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Endpoints:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._host, self._port = host, port
+        self.served_at_s = float("-inf")
         self._on_change = on_change
         self._new_endpoint = partial(
             Endpoint,
@@ -175,7 +179,9 @@ class Endpoints:
         self._has_no_address = False
         return list(dict.fromkeys((str(where[0]), self._port) for *_, where in found))
 
-    def _changed(self, *, is_lost: bool) -> None:
+    def _changed(self, *, is_lost: bool, is_serving: bool = False) -> None:
+        if is_serving:
+            self.served_at_s = time.monotonic()
         if is_lost and not _is_address(self._host):
             self._resolve_now.set()
         self._on_change()
@@ -307,7 +313,7 @@ class Endpoint:
         """Take calls on this connection."""
         self.connection = connection
         self.is_down = False
-        self._on_change(is_lost=False)
+        self._on_change(is_lost=False, is_serving=True)
 
     def fail(self, event: str, why: str) -> None:
         """Take no calls for now."""

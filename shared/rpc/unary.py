@@ -47,6 +47,7 @@ from shared.rpc.retries import (
 from shared.rpc.status import STATUS_DETAILS_KEY, code_of, error_of
 from shared.rpc.tls import ClientTls
 from shared.telemetry.calls import CallDurations
+from shared.telemetry.metrics import Number
 
 KEEPALIVE_S, PING_TIMEOUT_S = 20.0, 5.0
 # Calls that may wait for a connection, or for a place on one.
@@ -110,6 +111,7 @@ class UnaryChannel:
         keepalive_s, ping_timeout_s: after how much silence to ping, and how long to wait.
         tls: how the servers are believed; None speaks plaintext.
         durations: how long calls took; None where nobody reads it.
+        retries: counts calls that are made again.
 
     Raises:
         ValueError: target is something else.
@@ -125,6 +127,7 @@ class UnaryChannel:
         ping_timeout_s: float = PING_TIMEOUT_S,
         tls: ClientTls | None = None,
         durations: CallDurations | None = None,
+        retries: Number | None = None,
     ) -> None:
         host, port = _host_and_port(target)
         self._loop = asyncio.get_running_loop()
@@ -135,6 +138,7 @@ class UnaryChannel:
         self._waiting: OrderedDict[asyncio.Future[None], None] = OrderedDict()
         self._budget = RetryBudget()
         self._durations = durations
+        self._retries = retries or Number()
         self._is_closed = False
         self._endpoints = Endpoints(
             host,
@@ -145,6 +149,11 @@ class UnaryChannel:
             ping_timeout_s=ping_timeout_s,
             tls=None if tls is None else tls.context(),
         )
+
+    @property
+    def served_at_s(self) -> float:
+        """When an address of the target began to take calls for the last time; -inf for never."""
+        return self._endpoints.served_at_s
 
     async def call(
         self,
@@ -209,6 +218,7 @@ class UnaryChannel:
                 if retry_s is None:
                     raise
                 pause_s = retry_s
+            self._retries.value += 1
             await asyncio.sleep(pause_s)
             if attempts:
                 fields += field(b"grpc-previous-rpc-attempts", b"%d" % attempts)

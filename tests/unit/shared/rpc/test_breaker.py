@@ -89,6 +89,14 @@ def test_failed_probes_double_the_time_up_to_its_maximum() -> None:
     assert max(waits_s) <= LIMITS.open_max_s
 
 
+def test_a_hurried_one_lets_its_probe_go_at_once_and_only_that() -> None:
+    breaker = Breaker()
+    now_s = fail(breaker)
+    breaker.hurry()
+    assert breaker.admits(now_s)
+    assert not breaker.admits(now_s)
+
+
 def test_a_probe_that_says_nothing_lets_another_go() -> None:
     breaker = Breaker()
     now_s = fail(breaker) + LIMITS.open_s
