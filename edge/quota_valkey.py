@@ -17,7 +17,7 @@ What passes in any time T is at most burst + rate * T, and beyond that, per buck
 
 import hashlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -37,17 +37,19 @@ LEASE_POINTS_MAX = 1000
 BUSY_US = 2_000_000
 # How long a refusal is repeated without a question. An operator's reset waits this long.
 REFUSAL_KEPT_US = 1_000_000
+# A refusal is looked at once more, if a lease has come while it was asked for.
+QUESTIONS_MAX = 2
 # An edge that has not been heard of for this long has no share.
 EDGE_ALIVE_US = 5_000_000
 # Returned with one command each; the rest waits for the next turn.
 RETURNS_MAX = 1000
 
-# ARGV: edge, lease_us, now_us ("" for the server's clock), cost; then per key: refill_us,
+# ARGV: edge, lease_us, now_us ("" for the server's clock), cost, keeper; then per key: refill_us,
 # burst_us, known_us, must (1: the debt is at least known_us; 0: only if the key is lost), back,
 # held, want, leased_max. want is what the edge wants to hold; -1 leaves its lease as it is.
 #
-# The first key is the caller's own: a refused call pays one point there, if another bucket
-# refused it, and nothing anywhere else.
+# keeper: 1 if the first key is the caller's own: a refused call pays one point there, if another
+# bucket refused it, and nothing anywhere else.
 #
 # A hash per bucket: "f" is when it is full, an edge's name is its lease, "points end". "l" is when
 # it was found to be lost: for a moment after that, what each edge knows of the debt counts, since
@@ -61,7 +63,7 @@ if not now_us then
 end
 local buckets, is_refused = {}, false
 for i, key in ipairs(KEYS) do
-  local at = 4 + (i - 1) * 8
+  local at = 5 + (i - 1) * 8
   local b = {refill_us = tonumber(ARGV[at + 1]), burst_us = tonumber(ARGV[at + 2]),
     held = tonumber(ARGV[at + 6]), want = tonumber(ARGV[at + 7]), others = 0, last_us = 0}
   local full_at_us, lost_at_us
@@ -99,11 +101,11 @@ for i, b in ipairs(buckets) do
   local key, grant = KEYS[i], 0
   if not is_refused then
     b.debt_us = b.debt_us + b.cost_us
-  elseif i == 1 and b.wait_us == 0 then
+  elseif i == 1 and ARGV[5] == '1' and b.wait_us == 0 then
     b.debt_us = b.debt_us + math.min(b.refill_us, b.cost_us)
   end
   if b.want >= 0 then
-    local leased_max = tonumber(ARGV[4 + i * 8])
+    local leased_max = tonumber(ARGV[5 + i * 8])
     -- Near its end a bucket lends nothing: what one edge holds, another would miss.
     local left = math.floor((b.burst_us - b.debt_us) / b.refill_us) - leased_max
     if not is_refused then
@@ -216,12 +218,30 @@ class ValkeyQuotas:
         return None
 
     async def decide(self, account: Account, cost_points: int, *, is_strict: bool) -> Verdict:
-        """See QuotaStore.decide."""
-        try:
-            verdict = await self._ask(account, cost_points, may_lease=not is_strict)
-        except _AWAY as error:
-            self._lose(error)
-            return self._spend_share(account, cost_points, self.now_us(), is_strict=is_strict)
+        """See QuotaStore.decide. Asks for the buckets whose leases cannot pay."""
+        verdict = _LEASED
+        for _ in range(QUESTIONS_MAX):
+            now_us = self.now_us()
+            paid, asked = _parted(account, cost_points, now_us, is_strict=is_strict)
+            if not asked:
+                self.counts.leased += 1
+                return _LEASED
+            try:
+                verdict = await self._ask(account, asked, cost_points, may_lease=not is_strict)
+            except _AWAY as error:
+                _unpay(paid, cost_points, self.now_us())
+                self._lose(error)
+                return self._spend_share(account, cost_points, self.now_us(), is_strict=is_strict)
+            except BaseException:
+                _unpay(paid, cost_points, self.now_us())
+                raise
+            if verdict.is_allowed:
+                break
+            _unpay(paid, cost_points, self.now_us(), keeper=account.own)
+            # Meanwhile another call may have brought a lease of what is refused to this one.
+            now_us = self.now_us()
+            if is_strict or not all(_pays(b, cost_points, now_us) for b in verdict.refused_by):
+                break
         self.counts.asked += 1
         return verdict
 
@@ -264,32 +284,36 @@ class ValkeyQuotas:
         """What this edge wants to hold of a bucket: the same as each other edge."""
         return min(bucket.leased_points_max // self.edge_count, LEASE_POINTS_MAX)
 
-    async def _ask(self, account: Account, cost_points: int, *, may_lease: bool) -> Verdict:
+    async def _ask(
+        self, account: Account, buckets: Sequence[Bucket], cost_points: int, *, may_lease: bool
+    ) -> Verdict:
         now_us = self.now_us()
-        question = _Question(self, account, cost_points, now_us, may_lease=may_lease)
+        question = _Question(self, buckets, cost_points, now_us, may_lease=may_lease)
+        keeper = int(buckets[0] is account.own)
         try:
-            answer = await self._run(question.command(self._edge, self._server_now()))
+            answer = await self._run(question.command(self._edge, self._server_now(), keeper))
         finally:
             question.end()
-        return self._heard(question, answer)
-
-    def _heard(self, question: "_Question", answer: list[int]) -> Verdict:
-        account, now_us = question.account, question.asked_at_us
-        for place, bucket in enumerate(account.buckets):
-            debt_us, _, grant = answer[1 + 3 * place : 4 + 3 * place]
-            bucket.full_at_us = now_us + debt_us
-            bucket.was_local = False
-            if question.held[place] is not None:
-                self._take_lease(bucket, question.held[place] or 0, grant, now_us)
+        self._hear(question, answer)
         if answer[0]:
             return _ASKED
         waits = answer[2::3]
-        refused_by = tuple(b for b, wait in zip(account.buckets, waits, strict=True) if wait > 0)
+        refused_by = tuple(b for b, wait in zip(buckets, waits, strict=True) if wait > 0)
         verdict = Verdict(False, max(waits) / 1e6, refused_by, path="asked")
-        account.refusal, account.refused_cost = verdict, question.cost_points
+        account.refusal, account.refused_cost = verdict, cost_points
         account.refused_at_us = now_us
         account.refused_until_us = now_us + min(max(waits), REFUSAL_KEPT_US)
         return verdict
+
+    def _hear(self, question: "_Question", answer: list[int]) -> None:
+        now_us = question.asked_at_us
+        for place, bucket in enumerate(question.buckets):
+            debt_us, _, grant = answer[1 + 3 * place : 4 + 3 * place]
+            bucket.full_at_us = now_us + debt_us
+            bucket.was_local = False
+            held = question.held[place]
+            if held is not None:
+                self._take_lease(bucket, held, grant, now_us)
 
     def _take_lease(self, bucket: Bucket, held: int, grant: int, asked_at_us: int) -> None:
         """What was granted is spent here, by this clock, before Valkey thinks that it ends."""
@@ -312,7 +336,7 @@ class ValkeyQuotas:
             bucket.surplus_points += bucket.held_points
             bucket.held_points = bucket.granted_points = bucket.lease_ends_us = 0
             if bucket.surplus_points:
-                await self._ask(Account((bucket,)), 0, may_lease=False)
+                await self._ask(Account((bucket,)), (bucket,), 0, may_lease=False)
 
     def _spend_share(
         self, account: Account, cost_points: int, now_us: int, *, is_strict: bool
@@ -346,6 +370,31 @@ class ValkeyQuotas:
         self.is_away = True
 
 
+def _pays(bucket: Bucket, cost_points: int, now_us: int) -> bool:
+    """Whether what is on lease here can pay."""
+    return bucket.held_points >= cost_points and now_us < bucket.lease_ends_us
+
+
+def _parted(
+    account: Account, cost_points: int, now_us: int, *, is_strict: bool
+) -> tuple[list[Bucket], list[Bucket]]:
+    """The buckets whose leases have paid now, and those that must be asked for."""
+    if is_strict:
+        return [], list(account.buckets)
+    paid = [bucket for bucket in account.buckets if _pays(bucket, cost_points, now_us)]
+    for bucket in paid:
+        bucket.held_points -= cost_points
+    return paid, [bucket for bucket in account.buckets if bucket not in paid]
+
+
+def _unpay(
+    paid: Iterable[Bucket], cost_points: int, now_us: int, *, keeper: Bucket | None = None
+) -> None:
+    """What leases paid for a call that did not pass; one point is kept of its caller's own."""
+    for bucket in paid:
+        bucket.take_back(cost_points - (1 if bucket is keeper else 0), now_us)
+
+
 class _Question:
     """One question to Valkey: what is charged, returned and wanted of each bucket.
 
@@ -356,16 +405,16 @@ class _Question:
     def __init__(
         self,
         quotas: ValkeyQuotas,
-        account: Account,
+        buckets: Sequence[Bucket],
         cost_points: int,
         now_us: int,
         *,
         may_lease: bool,
     ) -> None:
-        self.account, self.cost_points, self.asked_at_us = account, cost_points, now_us
+        self.buckets, self.cost_points, self.asked_at_us = buckets, cost_points, now_us
         self.held: list[int | None] = []
         self._words: list[str] = []
-        for bucket in account.buckets:
+        for bucket in buckets:
             # Only one question at a time speaks of a lease: a second would report what the
             # first is about to change, and be granted too much.
             speaks = may_lease and not bucket.is_asking and bucket.leased_points_max > 0
@@ -398,15 +447,15 @@ class _Question:
         self._words += map(str, numbers)
         return bucket.held_points if speaks else None
 
-    def command(self, edge: str, server_now_us: str) -> bytes:
+    def command(self, edge: str, server_now_us: str, keeper: int) -> bytes:
         """The command that asks it."""
-        keys = [bucket.key for bucket in self.account.buckets]
-        fixed = (edge, str(LEASE_US), server_now_us, str(self.cost_points))
+        keys = [bucket.key for bucket in self.buckets]
+        fixed = (edge, str(LEASE_US), server_now_us, str(self.cost_points), str(keeper))
         return encode("EVALSHA", _DECIDE_SHA, str(len(keys)), *keys, *fixed, *self._words)
 
     def end(self) -> None:
         """Others may speak of the leases again."""
-        for bucket, held in zip(self.account.buckets, self.held, strict=True):
+        for bucket, held in zip(self.buckets, self.held, strict=True):
             if held is not None:
                 bucket.is_asking = False
 

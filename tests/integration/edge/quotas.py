@@ -123,6 +123,12 @@ class Valkey:
             return talk.recv(100).startswith(b"+OK")
         return False
 
+    def flush(self) -> None:
+        with socket.create_connection((self._address.host, self._address.port), timeout=5) as talk:
+            talk.sendall(f"AUTH {self._token}\r\nFLUSHALL\r\nQUIT\r\n".encode())
+            while talk.recv(100):
+                pass
+
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         self._process.send_signal(number)
