@@ -1,4 +1,4 @@
-"""HTTP/1.1 framing on raw sockets: the list of spec/reliability.md c.1."""
+"""HTTP/1.1 framing on raw sockets: S1 to S14 of the threat list, by their numbers."""
 
 import asyncio
 import gc
@@ -76,16 +76,16 @@ async def test_what_two_readers_may_read_differently_is_refused_and_the_connecti
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["status"] == 400
 
 
-async def test_http_0_9_gets_505_or_nothing(edge):
+async def test_s14_http_0_9_gets_505_or_nothing(edge):
     assert statuses(await edge.raw(b"GET /healthz\r\n\r\n")) in ([505], [])
 
 
-async def test_an_unknown_method_is_501_and_trace_405(edge):
+async def test_s12_an_unknown_method_is_501_and_trace_405(edge):
     assert statuses(await edge.raw(b"FOO / HTTP/1.1\r\nHost: a\r\n\r\n")) == [501]
     assert statuses(await edge.raw(b"TRACE /healthz HTTP/1.1\r\nHost: a\r\n\r\n")) == [405]
 
 
-async def test_trailers_never_become_headers(edge):
+async def test_s5_trailers_never_become_headers(edge):
     token = edge.bearer()["authorization"]
     request = (
         f"POST /v1/{KNOWN}:transferFunds HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
@@ -95,7 +95,7 @@ async def test_trailers_never_become_headers(edge):
     assert statuses(await edge.raw(request.encode())) == [401]
 
 
-async def test_a_long_chunk_extension_is_refused(edge):
+async def test_s5_a_long_chunk_extension_is_refused(edge):
     answer = await edge.raw(CHUNKED + b"5;" + b"x" * 1_000_000 + b"\r\nhello\r\n0\r\n\r\n")
     assert statuses(answer) in ([400], [])
 
@@ -121,13 +121,13 @@ async def test_a_large_body_that_arrives_with_its_head_is_no_large_head(edge, bo
         (GET + b"A: " + b"x" * 1_048_576, 431),
         (GET + (b"A: " + b"x" * 4000 + b"\r\n") * 20 + b"\r\n", 431),
     ],
-    ids=["64 KiB target", "10,000 headers", "1 MiB header", "endless header", "80 KiB of headers"],
+    ids=["S7 target", "S7 headers", "S7 header", "S7 endless header", "S7 80 KiB of headers"],
 )
 async def test_an_oversized_head_is_refused(edge, request_bytes, status):
     assert statuses(await edge.raw(request_bytes)) == [status]
 
 
-async def test_ten_thousand_pipelined_requests_are_answered_in_part_and_closed(edge):
+async def test_s11_ten_thousand_pipelined_requests_are_answered_in_part_and_closed(edge):
     answer = await edge.raw(SMUGGLED * 10_000)
     assert set(statuses(answer)) <= {200, 429}
     assert len(statuses(answer)) < 10_000
@@ -254,7 +254,7 @@ async def test_an_upgrade_is_declined_by_answering(edge):
         "/healthz%00",
     ],
 )
-async def test_disguised_paths_are_not_normalised_into_others(edge, target):
+async def test_s13_disguised_paths_are_not_normalised_into_others(edge, target):
     answer = await edge.raw(f"GET {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
     assert statuses(answer) in ([400], [404])
 
@@ -265,7 +265,7 @@ async def test_an_encoded_slash_stays_inside_its_segment(edge):
     assert answer.json()["reason"] == "NOT_FOUND"  # the service was asked, for that very name
 
 
-async def test_slow_heads_and_bodies_end_while_others_are_served(start_edge):
+async def test_s8_s9_slow_heads_and_bodies_end_while_others_are_served(start_edge):
     config = EdgeConfig(head_timeout_s=0.5, body_timeout_s=0.5, drain_s=1.0)
     async with start_edge(config) as edge:
 
@@ -306,7 +306,7 @@ async def test_drip_fed_heads_are_not_kept_alive_by_their_drops(start_edge):
         assert time.monotonic() - before < 3
 
 
-async def test_one_address_may_hold_only_so_many_connections(start_edge):
+async def test_s10_one_address_may_hold_only_so_many_connections(start_edge):
     async with start_edge(EdgeConfig(connections_per_address_max=20, drain_s=1.0)) as edge:
         held = [await asyncio.open_connection("127.0.0.1", edge.port) for _ in range(60)]
         await asyncio.sleep(0.2)
@@ -319,7 +319,7 @@ async def test_one_address_may_hold_only_so_many_connections(start_edge):
         gc.collect()
 
 
-async def test_only_listed_origins_may_call_from_a_page(start_edge):
+async def test_s18_only_listed_origins_may_call_from_a_page(start_edge):
     config = EdgeConfig(cors_origins="https://app.example.com", drain_s=1.0)
     async with start_edge(config) as edge:
 
@@ -346,7 +346,7 @@ async def test_only_listed_origins_may_call_from_a_page(start_edge):
         assert refused.headers["access-control-allow-origin"] == "https://app.example.com"
 
 
-async def test_a_hundred_thousand_query_parameters_do_not_fit(edge):
+async def test_s19_a_hundred_thousand_query_parameters_do_not_fit(edge):
     answer = await edge.raw(
         b"GET /v1/accounts?" + b"a=1&" * 100_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n"
     )
