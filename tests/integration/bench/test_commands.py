@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("name", ["edge", "http"])
+@pytest.mark.parametrize("name", ["edge", "http", "quota"])
 def test_a_bench_explains_itself(name: str) -> None:
     command = [sys.executable, "-m", f"tests.bench.bench_{name}", "--help"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout

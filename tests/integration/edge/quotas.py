@@ -104,6 +104,11 @@ class Valkey:
     def url(self) -> str:
         return servers.valkey_url(self._address, self._token)
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         program = servers.valkey_program(
             self._folder, self._address, token=self._token, environ=os.environ
