@@ -4,8 +4,8 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack
 from pathlib import Path
 
 # Hypothesis's plug-in is first imported for the summary otherwise, too deep in the stack.
@@ -14,7 +14,7 @@ import pytest
 
 from deploy.local import postgres, servers
 from deploy.local.address import free_addresses
-from tests.databases import PostgresServer
+from tests.databases import Places, PostgresPlaces, PostgresServer, SqlitePlaces
 from tests.fakes import ManualClock
 from tests.mesh import ROOT, Mesh, running_mesh, running_program
 
@@ -72,6 +72,25 @@ def postgres_server() -> Iterator[PostgresServer]:
             yield PostgresServer(site, address)
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def postgres_places(postgres_server: PostgresServer) -> AsyncIterator[PostgresPlaces]:
+    """Places on the shared Postgres."""
+    async with AsyncExitStack() as stack:
+        yield PostgresPlaces(postgres_server, stack)
+
+
+@pytest.fixture
+def sqlite_places(tmp_path: Path) -> SqlitePlaces:
+    """Places in the test's own folder."""
+    return SqlitePlaces(tmp_path)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def places(request: pytest.FixtureRequest) -> Places:
+    """Each database engine in turn: every test that asks for it runs on both."""
+    return request.getfixturevalue(f"{request.param}_places")
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ SELECT entry.transaction_id FROM entry
 LEFT JOIN ledger_transaction AS t
     ON t.bucket = entry.transaction_bucket AND t.id = entry.transaction_id
 GROUP BY entry.transaction_id, entry.currency_code
-HAVING sum(CASE side WHEN 1 THEN minor_units ELSE -minor_units END) <> 0 OR min(t.id) IS NULL
+HAVING sum(CASE side WHEN 1 THEN minor_units ELSE -minor_units END) <> 0 OR count(t.id) = 0
 LIMIT 1
 """
 

@@ -1,9 +1,7 @@
-import sqlite3
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -34,13 +32,12 @@ from services.payment.wiring import MIGRATIONS
 from shared.clock import Clock
 from shared.db.ids import new_id
 from shared.db.port import Shards
-from shared.db.sqlite import open_sqlite_shards
 from shared.identity import IdentitySigner, IdentityVerifier, Principal, PrincipalKind
 from shared.lifecycle import Registration
 from shared.rpc.client import Channels, Upstreams
 from shared.rpc.server import RpcServer, RpcServerConfig
+from tests.databases import SECRET, Place, Places
 
-SECRET = b"a secret of thirty-two bytes...!"
 SERVICE = "tenfold.ledger.v1.LedgerService"
 USER_SCOPES = frozenset({"ledger.read", "ledger.accounts.write", "ledger.transfer"})
 ADMIN_SCOPES = USER_SCOPES | {"ledger.post", "ledger.audit"}
@@ -77,7 +74,7 @@ class Ledger:
     shards: Shards
     signer: IdentitySigner
     stub: LedgerServiceStub
-    folder: Path
+    place: Place
     operator: Principal = field(default_factory=new_operator)
     cash: str = ""
 
@@ -124,16 +121,6 @@ class Ledger:
         )
         return row["n"]
 
-    def run_raw(self, sql: str) -> list[tuple]:
-        """What an operator types into the database's own shell, foreign keys on."""
-        connection = sqlite3.connect(self.folder / "shard-0.sqlite", timeout=5)
-        try:
-            connection.execute("PRAGMA foreign_keys = ON")
-            with connection:
-                return connection.execute(sql).fetchall()
-        finally:
-            connection.close()
-
 
 def _identity() -> tuple[bytes, bytes]:
     private = Ed25519PrivateKey.generate()
@@ -144,16 +131,9 @@ def _identity() -> tuple[bytes, bytes]:
 
 
 @asynccontextmanager
-async def serving_ledger(folder: Path, clock: Clock) -> AsyncIterator[Ledger]:
+async def serving_ledger(place: Place, clock: Clock) -> AsyncIterator[Ledger]:
     private, public = _identity()
-    async with open_sqlite_shards(
-        folder,
-        migrations=MIGRATIONS,
-        shard_count=1,
-        owned_by_first=True,
-        secret=SECRET,
-        clock=clock,
-    ) as shards:
+    async with place.open(clock=clock) as shards:
         handler = LedgerHandler(SqlLedgerStore(shards, clock), page_secret=SECRET, clock=clock)
         server = RpcServer(
             address="127.0.0.1:0",
@@ -166,13 +146,18 @@ async def serving_ledger(folder: Path, clock: Clock) -> AsyncIterator[Ledger]:
         channels = Channels(Upstreams.parse(f"*=127.0.0.1:{port}"), None, checks_health=False)
         try:
             stub = LedgerServiceStub(channels.channel(SERVICE))
-            yield Ledger(shards, IdentitySigner("edge", private), stub, folder)
+            yield Ledger(shards, IdentitySigner("edge", private), stub, place)
         finally:
             await channels.close()
             await server.stop(0.1)
 
 
 @pytest.fixture
-async def ledger(tmp_path: Path, clock: Clock) -> AsyncIterator[Ledger]:
-    async with serving_ledger(tmp_path / "payment", clock) as served:
+async def place(places: Places) -> Place:
+    return await places.make(MIGRATIONS, shard_count=1, owned_by_first=True)
+
+
+@pytest.fixture
+async def ledger(place: Place, clock: Clock) -> AsyncIterator[Ledger]:
+    async with serving_ledger(place, clock) as served:
         yield served

@@ -1,6 +1,6 @@
 """The database keeps the books, whoever writes: raw SQL is refused or stays even."""
 
-import sqlite3
+from uuid import UUID
 
 import pytest
 
@@ -12,8 +12,9 @@ from tests.integration.services.payment.conftest import euros, new_user, serving
 MOMENT_US = 1_767_225_600_000_000
 
 
-def blob(name_or_id) -> str:
-    return "x'" + str(name_or_id).rpartition("/")[2].replace("-", "") + "'"
+def typed(books, name_or_id) -> str:
+    """A resource name or an id, as it is typed into the database's shell."""
+    return books.place.literal(UUID(str(name_or_id).rpartition("/")[2]))
 
 
 @pytest.fixture
@@ -29,14 +30,14 @@ async def books(ledger):
 def insert_entry(books, account: str, side: int, units: object, transaction_id, number: int, **but):
     values = {
         "bucket": 77,
-        "id": blob(new_id(77)),
+        "id": typed(books, new_id(77)),
         "tenant": "'default'",
-        "owner": blob(books.ada.subject),
+        "owner": typed(books, books.ada.subject),
         "owner_kind": 1,
         "transaction_bucket": 77,
-        "transaction_id": blob(transaction_id),
+        "transaction_id": typed(books, transaction_id),
         "position": side,
-        "account_id": blob(account),
+        "account_id": typed(books, account),
         "account_sequence": number,
         "side": side,
         "currency_code": "'EUR'",
@@ -52,8 +53,8 @@ def insert_entry(books, account: str, side: int, units: object, transaction_id, 
 def insert_seal(books, transaction_id, count: int) -> str:
     return (
         "INSERT INTO ledger_transaction (bucket, id, tenant, owner, owner_kind, description, "
-        f"entry_count, recorded_at_us) VALUES (77, {blob(transaction_id)}, 'default', "
-        f"{blob(books.ada.subject)}, 1, '', {count}, {MOMENT_US})"
+        f"entry_count, recorded_at_us) VALUES (77, {typed(books, transaction_id)}, 'default', "
+        f"{typed(books, books.ada.subject)}, 1, '', {count}, {MOMENT_US})"
     )
 
 
@@ -61,21 +62,13 @@ async def balances(books) -> list[int]:
     return [await books.available(books.ada, name) for name in (books.first, books.second)]
 
 
-def run_all(books, *statements: str) -> None:
-    connection = sqlite3.connect(books.folder / "shard-0.sqlite", timeout=5, isolation_level=None)
-    try:
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in statements:
-            connection.execute(statement)
-        connection.execute("COMMIT")
-    finally:
-        connection.close()
+async def run_all(books, *statements: str) -> None:
+    await books.place.run_raw(0, *statements, admitted=[9, 77])
 
 
 async def test_even_entries_with_their_seal_are_taken(books):
     made = new_id(77)
-    run_all(
+    await run_all(
         books,
         insert_entry(books, books.first, 1, 30, made, 2),
         insert_entry(books, books.second, 2, 30, made, 1),
@@ -87,7 +80,7 @@ async def test_even_entries_with_their_seal_are_taken(books):
 @pytest.mark.parametrize(
     ("refusal", "make"),
     [
-        ("FOREIGN KEY", lambda b, t: [insert_entry(b, b.second, 2, 30, t, 1)]),
+        ("(?i)foreign key", lambda b, t: [insert_entry(b, b.second, 2, 30, t, 1)]),
         (
             "entries_unbalanced",
             lambda b, t: [
@@ -113,14 +106,13 @@ async def test_even_entries_with_their_seal_are_taken(books):
         ("account_sequence_gap", lambda b, t: [insert_entry(b, b.second, 2, 1, t, 2)]),
         ("entry_amount", lambda b, t: [insert_entry(b, b.second, 2, 0, t, 1)]),
         ("entry_amount", lambda b, t: [insert_entry(b, b.second, 2, -1, t, 1)]),
-        ("not_an_integer", lambda b, t: [insert_entry(b, b.second, 2, 1.5, t, 1)]),
         (
             "currency_mismatch",
             lambda b, t: [insert_entry(b, b.second, 2, 1, t, 1, currency_code="'USD'")],
         ),
         ("balance_overflow", lambda b, t: [insert_entry(b, b.first, 2, 2**63 - 1, t, 2)]),
         (
-            "entry.transaction_id, entry.account_id",
+            "entry.transaction_id, entry.account_id|entry_account_once",
             lambda b, t: [
                 insert_entry(b, b.second, 2, 1, t, 1),
                 insert_entry(b, b.second, 2, 1, t, 2),
@@ -135,7 +127,7 @@ async def test_even_entries_with_their_seal_are_taken(books):
         ("accounts_are_kept", lambda b, t: ["DELETE FROM account"]),
         ("balances_follow", lambda b, t: ["UPDATE account SET posted_credit = posted_credit + 1"]),
         ("balances_follow", lambda b, t: ["UPDATE account SET entry_count = entry_count + 1"]),
-        ("account_is_fixed", lambda b, t: ["UPDATE account SET may_overdraw = 1 - may_overdraw"]),
+        ("account_is_fixed", lambda b, t: ["UPDATE account SET may_overdraw = NOT may_overdraw"]),
         ("account_is_fixed", lambda b, t: ["UPDATE account SET currency_code = 'USD'"]),
         (
             "transaction_sealed",
@@ -150,9 +142,16 @@ async def test_even_entries_with_their_seal_are_taken(books):
 )
 async def test_raw_sql_cannot_cook_the_books(books, refusal, make):
     with pytest.raises(Exception, match=refusal):
-        run_all(books, *make(books, new_id(77)))
+        await run_all(books, *make(books, new_id(77)))
     assert await balances(books) == [10_000, 0]
     assert await books.count("entry") == 2
+
+
+@pytest.mark.parametrize("places", ["sqlite"], indirect=True)
+async def test_half_a_cent_is_no_integer(books):
+    # Postgres makes it one: the column's type rounds before any trigger sees it.
+    with pytest.raises(Exception, match="not_an_integer"):
+        await run_all(books, insert_entry(books, books.second, 2, 1.5, new_id(77), 1))
 
 
 @pytest.mark.parametrize(
@@ -166,26 +165,19 @@ async def test_raw_sql_cannot_cook_the_books(books, refusal, make):
 async def test_a_ledger_that_does_not_add_up_is_not_served(books, clock, sql):
     store = SqlLedgerStore(books.shards, clock)
     await store.verify(entries_max=1_000)
-    # As if the file itself had been changed: without its triggers and constraints.
-    names = books.run_raw("SELECT name FROM sqlite_master WHERE type = 'trigger'")
-    for (name,) in names:
-        books.run_raw(f"DROP TRIGGER {name}")
-    connection = sqlite3.connect(books.folder / "shard-0.sqlite")
-    with connection:
-        connection.execute(sql)
-    connection.close()
+    await books.place.run_unguarded(0, sql)
     with pytest.raises(DatabaseDamaged, match="does not add up"):
         await store.verify(entries_max=1_000)
     await store.verify(entries_max=1)  # too many to add up at start
 
 
-async def test_books_are_the_same_after_opening_again(tmp_path, clock):
+async def test_books_are_the_same_after_opening_again(place, clock):
     ada, bob = new_user(), new_user(3000)
-    async with serving_ledger(tmp_path / "payment", clock) as ledger:
+    async with serving_ledger(place, clock) as ledger:
         payer, payee = await ledger.open_account(ada), await ledger.open_account(bob)
         await ledger.deposit(payer, 100)
         posted = await ledger.transfer(ada, payer, payee, euros(30), request_id="the key")
-    async with serving_ledger(tmp_path / "payment", clock) as ledger:
+    async with serving_ledger(place, clock) as ledger:
         again = await ledger.transfer(ada, payer, payee, euros(30), request_id="the key")
         assert again == posted
         assert await ledger.available(ada, payer) == 70

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from uuid import UUID
 
 import pytest
 from tenfold.ledger.v1.ledger_events_pb2 import AccountOpened, TransactionPosted
@@ -288,8 +289,9 @@ async def test_a_closed_account_takes_nothing_from_either_side(ledger):
     ada, bob = new_user(), new_user()
     payer, payee = await ledger.open_account(ada), await ledger.open_account(bob)
     await ledger.deposit(payer, 100)
-    payee_id = payee.removeprefix("accounts/").replace("-", "")
-    ledger.run_raw(f"UPDATE account SET state = 2 WHERE id = x'{payee_id}'")
+    closed = ledger.place.literal(UUID(payee.removeprefix("accounts/")))
+    close = f"UPDATE account SET state = 2 WHERE id = {closed}"
+    await ledger.place.run_raw(0, close, admitted=[77])
     for action in (
         ledger.transfer(ada, payer, payee, euros(1)),
         ledger.transfer(bob, payee, payer, euros(1)),

@@ -187,12 +187,12 @@ async def test_each_update_raises_the_version_whoever_writes(engine, shards):
         await add_thing(tx, "a")
     async with shards.bucket(NEAR).transaction() as tx:
         await tx.execute("UPDATE thing SET label = 'b' WHERE tenant = $1", "default")
-    await engine.run_raw(0, "UPDATE thing SET label = 'c'", admitted=NEAR)
+    await engine.run_raw(0, "UPDATE thing SET label = 'c'", admitted=[NEAR])
     read = "SELECT version FROM thing WHERE tenant = $1"
     assert await shards.bucket(NEAR).fetch_one(read, "default") == {"version": 3}
     for wrong in ("version + 2", "1"):
         with pytest.raises(Exception, match="version_only_grows_by_one"):
-            await engine.run_raw(0, f"UPDATE thing SET version = {wrong}", admitted=NEAR)
+            await engine.run_raw(0, f"UPDATE thing SET version = {wrong}", admitted=[NEAR])
 
 
 async def test_events_of_an_aggregate_are_numbered_without_a_gap_in_spite_of_failures(shards):

@@ -1,6 +1,7 @@
 from shared.db.housekeeping import REQUEST_IDS_KEPT_S, forget_request_ids
 from shared.db.sqlite import open_sqlite_shards
-from tests.integration.shared.db.conftest import MIGRATIONS, NEAR, SECRET, once, user
+from tests.databases import SECRET
+from tests.integration.shared.db.conftest import MIGRATIONS, NEAR, once, user
 
 
 async def test_a_request_id_is_remembered_for_72_hours_and_then_forgotten(tmp_path, clock):

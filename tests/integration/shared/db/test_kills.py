@@ -50,10 +50,10 @@ async def test_a_retry_after_a_kill_has_the_effect_exactly_once(
     if is_across and (point, visit) == ("db.after_commit", "1"):
         repeat = "first"  # that commit was the claim's
     subject = str(new_id(NEAR))
-    code, printed = write(engine.place, subject, bucket, crash_point=crash_point)
+    code, printed = write(engine.name, subject, bucket, crash_point=crash_point)
     assert (code, printed) == (SIGKILLED, "")
-    assert write(engine.place, subject, bucket) == (0, repeat)
-    assert write(engine.place, subject, bucket) == (0, "repeated")
+    assert write(engine.name, subject, bucket) == (0, repeat)
+    assert write(engine.name, subject, bucket) == (0, "repeated")
     async with engine.open() as shards:
         assert await labels(shards) == ["a"]
         rows = await shards.bucket(bucket).fetch_all("SELECT event_no FROM outbox")

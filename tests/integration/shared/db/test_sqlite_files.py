@@ -9,11 +9,11 @@ import pytest
 from shared.clock import SystemClock
 from shared.db.errors import DatabaseDamaged, DatabaseRefused, MigrationRefused
 from shared.db.sqlite import open_sqlite_shards
+from tests.databases import SECRET
 from tests.integration.shared.db.conftest import (
     FAR,
     MIGRATIONS,
     NEAR,
-    SECRET,
     add_thing,
     labels,
 )

@@ -12,8 +12,8 @@ COUNT_COVERED = "SELECT count(*) AS n FROM thing WHERE tenant = 'default' AND te
 
 
 @pytest.fixture
-def engine(sqlite_engine):
-    return sqlite_engine
+def places(sqlite_places):
+    return sqlite_places
 
 
 def commit_count(shards) -> int:

@@ -10,16 +10,20 @@ from pathlib import Path
 
 from shared.db.port import OutboxRow
 from shared.identity import Principal, PrincipalKind
-from tests.integration.shared.db.conftest import PostgresEngine, SqliteEngine, add_thing, once
+from tests.databases import Contents, Place, PostgresPlace, SqlitePlace
+from tests.integration.shared.db.conftest import MIGRATIONS, add_thing, once
 
 
-def engine_of(place: str) -> SqliteEngine | PostgresEngine:
-    return PostgresEngine(place) if "://" in place else SqliteEngine(Path(place))
+def place_of(name: str) -> Place:
+    contents = Contents(MIGRATIONS, "things")
+    if "://" in name:
+        return PostgresPlace(name, contents)
+    return SqlitePlace(Path(name), contents)
 
 
-async def main(place: str, subject: str, bucket: int) -> None:
+async def main(name: str, subject: str, bucket: int) -> None:
     asked = once(Principal(PrincipalKind.USER, subject))
-    async with engine_of(place).open() as shards:
+    async with place_of(name).open() as shards:
         async with shards.bucket(bucket).transaction(asked) as tx:
             if tx.answered:
                 answer = tx.answer.decode()
