@@ -2,7 +2,7 @@
 
 It uses the lower of pygrpc-native's two interfaces. Calls come from a queue in batches, each
 with its whole request message; methods whose requests are streams, and unknown paths, go through
-it to a grpcio engine on a Unix socket in a folder that only this user may enter.
+it to a grpcio engine on a Unix socket that this process alone can reach.
 
 What differs from grpcio, each shown by a test (test_hostile.py, test_traps.py, test_engine.py):
 
@@ -24,7 +24,7 @@ What differs from grpcio, each shown by a test (test_hostile.py, test_traps.py, 
 
 import asyncio
 import ipaddress
-import shutil
+import os
 import tempfile
 import threading
 import time
@@ -122,12 +122,16 @@ class NativeEngine:
         """In a thread of its own: hand events to the loop until the front is closed."""
         while (events := front.recv_batch_details(EVENTS_AT_ONCE_MAX)) is not None:
             try:
-                loop.call_soon_threadsafe(self._take, front, loop, events)
+                loop.call_soon_threadsafe(self._take, front, loop, events, time.monotonic())
             except RuntimeError:  # the loop was closed without a stop
                 front.close()
 
     def _take(
-        self, front: NativeGrpcFront, loop: asyncio.AbstractEventLoop, events: Sequence[Event]
+        self,
+        front: NativeGrpcFront,
+        loop: asyncio.AbstractEventLoop,
+        events: Sequence[Event],
+        came_s: float,
     ) -> None:
         for kind, call_id, method_id, message, _peer, details in events:
             if kind == EVENT_CANCEL:
@@ -137,7 +141,7 @@ class NativeEngine:
             if refusal := self._refusal_of(method, message):
                 front.fail(call_id, *refusal)
                 continue
-            call = _Call(front, call_id, method, message, details)
+            call = _Call(front, call_id, method, message, details=details, came_s=came_s)
             self._tasks[call_id] = loop.create_task(self._run(call))
 
     def _refusal_of(self, method: RpcMethod, message: bytes) -> tuple[int, str] | None:
@@ -182,6 +186,8 @@ class NativeEngine:
         if front is not None:
             await _flush(front)
             await asyncio.to_thread(front.close)
+        if self._fallback is not None:
+            self._fallback.close()
 
     async def _finish(self, grace_s: float) -> None:
         """Serve, then refuse, until nothing runs; cancel what outlives the grace."""
@@ -217,37 +223,49 @@ def _unanswered(front: NativeGrpcFront) -> int:
 
 
 class _Fallback:
-    """A grpcio engine on a Unix socket, for methods whose requests are streams."""
+    """A grpcio engine on a Unix socket, for methods whose requests are streams.
+
+    The socket has no name once it listens, so that a process that is killed leaves none behind:
+    it is reached over a descriptor, and thus by nobody else.
+    """
 
     def __init__(self, limits: EngineLimits) -> None:
         self._limits = replace(limits, connection_age_s=0)
         self._services: dict[str, Mapping[str, RpcMethod]] = {}
         self._engine: GrpcioEngine | None = None
-        self._folder = ""
+        self._socket = -1
 
     def add_methods(self, service: str, methods: Mapping[str, RpcMethod]) -> None:
         self._services[service] = methods
 
     async def start(self) -> str:
         """Listen; returns the path of the socket."""
-        self._folder = tempfile.mkdtemp(prefix="tenfold-rpc-")  # mode 0700
-        self._engine = GrpcioEngine(f"unix:{self._folder}/socket", self._limits)
-        for service, methods in self._services.items():
-            self._engine.add_methods(service, methods)
-        await self._engine.start()
-        return f"{self._folder}/socket"
+        with tempfile.TemporaryDirectory(prefix="tenfold-rpc-") as folder:  # mode 0700
+            self._engine = GrpcioEngine(f"unix:{folder}/socket", self._limits)
+            for service, methods in self._services.items():
+                self._engine.add_methods(service, methods)
+            await self._engine.start()
+            self._socket = os.open(f"{folder}/socket", os.O_PATH | os.O_CLOEXEC)
+        return f"/proc/self/fd/{self._socket}"
 
     async def stop(self, grace_s: float) -> None:
-        """Nothing happens if it has not been started."""
+        """Nothing happens if it has not been started, or has been stopped."""
         if self._engine is not None:
             await self._engine.stop(grace_s)
-            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Give the path up, when nobody connects to it any more."""
+        if self._socket >= 0:
+            os.close(self._socket)
+            self._socket = -1
 
 
 class _Call:
     """See RpcCall. Its one request message has come with it."""
 
-    __slots__ = ("_details", "_front", "_headers", "_message", "_trailers", "call_id", "method")
+    __slots__ = (
+        "_came_s", "_details", "_front", "_headers", "_message", "_trailers", "call_id", "method",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -255,11 +273,14 @@ class _Call:
         call_id: int,
         method: RpcMethod,
         message: bytes,
+        *,
         details: Any,  # noqa: ANN401
+        came_s: float,
     ) -> None:
         self._front = front
         self._message: bytes | None = message
         self._details = details  # (metadata, peer, seconds left or None)
+        self._came_s = came_s  # on time.monotonic()
         self._headers: list[tuple[str, str | bytes]] | None = None
         self._trailers: list[tuple[str, str | bytes]] | None = None
         self.call_id = call_id
@@ -271,9 +292,9 @@ class _Call:
         return metadata
 
     def time_remaining(self) -> float | None:
-        """See RpcCall; as it was when the call came."""
+        """See RpcCall."""
         left_s: float | None = self._details[2]
-        return left_s
+        return None if left_s is None else left_s - (time.monotonic() - self._came_s)
 
     async def read(self) -> Any:  # noqa: ANN401
         """See RpcCall."""

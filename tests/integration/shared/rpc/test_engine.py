@@ -211,12 +211,11 @@ async def test_a_call_that_a_stop_meets_is_answered_or_refused_before_it_began()
 
 
 @only_on_native
-async def test_native_leaves_no_socket_behind(
+async def test_native_leaves_no_socket_to_others_and_none_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    async with serving(config=QUIET) as harness:
-        [folder] = os.listdir(tmp_path)
-        assert os.stat(tmp_path / folder).st_mode & 0o077 == 0
-        await harness.list()
-    assert os.listdir(tmp_path) == []
+    async with uploads() as (_, _, call):
+        assert os.listdir(tmp_path) == []
+        await call.write(HttpBody(data=b"x").SerializeToString())
+        assert HttpBody.FromString(await call.read()).data == b"x"

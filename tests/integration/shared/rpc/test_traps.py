@@ -197,6 +197,18 @@ async def test_the_deadline_is_passed_on_less_the_time_to_answer() -> None:
     assert 0 < when_asked_s < when_asking_s - 0.018
 
 
+async def test_the_time_that_a_call_waits_for_the_loop_counts() -> None:
+    left_s: list[float] = []
+    async with serving(Sessions(on_list=lambda call: left_s.append(call.remaining_s()))) as harness:
+        await harness.list()
+        call = asyncio.create_task(harness.list(timeout=5))
+        for _ in range(3):  # until it is sent
+            await asyncio.sleep(0)
+        time.sleep(0.5)  # noqa: ASYNC251
+        await call
+    assert left_s[1] < 4.6
+
+
 async def test_a_call_without_a_deadline_gets_the_contract_s_and_a_huge_one_is_cut() -> None:
     async with serving() as harness, harness.raw_channel() as channel:
         call = channel.unary_unary(PATH)
