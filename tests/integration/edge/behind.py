@@ -27,7 +27,8 @@ from shared.identity import (
 from shared.lifecycle import Registration
 from shared.rpc.context import Context
 from shared.rpc.policy import contract_policies
-from shared.rpc.server import RpcServer, RpcServerConfig
+from shared.rpc.server import RpcServer
+from tests.engine import CONFIG
 
 KNOWN = "accounts/0197a000-0000-7000-8000-000000000001"
 SCOPES = "ledger.read ledger.transfer ledger.accounts.write media.read media.upload"
@@ -310,7 +311,7 @@ class Behind:
         server = RpcServer(
             address=address,
             verifier=IdentityVerifier({"edge": self.public_pem}),
-            config=RpcServerConfig(logs_requests=False),
+            config=CONFIG,
         )
         auth, media = auth_service_pb2_grpc, media_service_pb2_grpc
         add_ledger = ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server

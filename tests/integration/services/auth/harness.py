@@ -30,6 +30,7 @@ from shared.rpc.client import Channels, Upstreams
 from shared.rpc.server import RpcServer
 from shared.runtime import Runtime, open_runtime
 from shared.spawner import Spawner
+from tests.engine import CONFIG
 
 PASSWORD = "a long and unlikely sentence"
 
@@ -138,7 +139,9 @@ async def running_auth(
     trust = {path.stem: path.read_bytes() for path in (data / "identity").glob("*.pub")}
     revocations = RevocationList(clock=clock)
     server = RpcServer(
-        address="127.0.0.1:0", verifier=IdentityVerifier(trust, revocations=revocations)
+        address="127.0.0.1:0",
+        verifier=IdentityVerifier(trust, revocations=revocations),
+        config=CONFIG,
     )
     spawner = Spawner.start()
     edge = IdentitySigner("edge", (data / "identity" / "edge.pem").read_bytes())

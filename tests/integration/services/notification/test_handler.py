@@ -23,6 +23,7 @@ from shared.db.ids import new_id
 from shared.identity import IdentitySigner, IdentityVerifier, Principal, PrincipalKind
 from shared.lifecycle import Registration
 from shared.rpc.server import RpcServer
+from tests.engine import CONFIG
 
 ADA, BOB = new_id(7), new_id(7)
 SCOPES = frozenset({"notify.inbox.read", "notify.inbox.write"})
@@ -54,7 +55,8 @@ async def serving(handler):
     key = Ed25519PrivateKey.generate()
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    server = RpcServer(address="127.0.0.1:0", verifier=IdentityVerifier({"edge": public}))
+    verifier = IdentityVerifier({"edge": public})
+    server = RpcServer(address="127.0.0.1:0", verifier=verifier, config=CONFIG)
     server.add(Registration(stubs.add_InboxServiceServicer_to_server, handler))
     server.add(Registration(stubs.add_DeliveryServiceServicer_to_server, handler))
     port = await server.start()

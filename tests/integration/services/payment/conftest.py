@@ -35,8 +35,9 @@ from shared.db.port import Shards
 from shared.identity import IdentitySigner, IdentityVerifier, Principal, PrincipalKind
 from shared.lifecycle import Registration
 from shared.rpc.client import Channels, Upstreams
-from shared.rpc.server import RpcServer, RpcServerConfig
+from shared.rpc.server import RpcServer
 from tests.databases import SECRET, Place, Places
+from tests.engine import CONFIG
 
 SERVICE = "tenfold.ledger.v1.LedgerService"
 USER_SCOPES = frozenset({"ledger.read", "ledger.accounts.write", "ledger.transfer"})
@@ -138,7 +139,7 @@ async def serving_ledger(place: Place, clock: Clock) -> AsyncIterator[Ledger]:
         server = RpcServer(
             address="127.0.0.1:0",
             verifier=IdentityVerifier({"edge": public}),
-            config=RpcServerConfig(logs_requests=False),
+            config=CONFIG,
         )
         server.add(Registration(add_LedgerServiceServicer_to_server, handler))
         port = await server.start()

@@ -36,7 +36,8 @@ from shared.db.port import Shards
 from shared.db.sqlite import open_sqlite_shards
 from shared.identity import IdentitySigner, IdentityVerifier, Principal, PrincipalKind
 from shared.lifecycle import Registration
-from shared.rpc.server import RpcServer, RpcServerConfig
+from shared.rpc.server import RpcServer
+from tests.engine import CONFIG
 
 SECRET = b"thirty-two bytes that are secret."
 SCOPES = frozenset({"reports.run", "reports.read", "metrics.read"})
@@ -85,7 +86,7 @@ async def client(shards: Shards) -> AsyncIterator[Client]:
     server = RpcServer(
         address="127.0.0.1:0",
         verifier=IdentityVerifier({"edge": public}),
-        config=RpcServerConfig(logs_requests=False),
+        config=CONFIG,
     )
     server.add(Registration(add_ReportServiceServicer_to_server, handler))
     server.add(Registration(add_MetricServiceServicer_to_server, handler))
