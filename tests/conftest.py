@@ -5,7 +5,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+)
 from pathlib import Path
 
 # Hypothesis's plug-in is first imported for the summary otherwise, too deep in the stack.
@@ -24,6 +29,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
+DatabasesOf = Callable[[str, Path], AbstractAsyncContextManager[str]]
 StartMesh = Callable[..., AbstractContextManager[Mesh]]
 
 
@@ -91,6 +97,22 @@ def sqlite_places(tmp_path: Path) -> SqlitePlaces:
 def places(request: pytest.FixtureRequest) -> Places:
     """Each database engine in turn: every test that asks for it runs on both."""
     return request.getfixturevalue(f"{request.param}_places")
+
+
+@pytest.fixture(scope="session")
+def databases_of(postgres_server: PostgresServer) -> DatabasesOf:
+    """Opens what TENFOLD_<SERVICE>_DATABASE names on an engine: "" for SQLite."""
+
+    @asynccontextmanager
+    async def open_databases(engine: str, migrations: Path) -> AsyncIterator[str]:
+        if engine == "sqlite":
+            yield ""
+            return
+        service = migrations.parent.name
+        async with postgres_server.shards(4, migrations=migrations, service=service) as databases:
+            yield databases
+
+    return open_databases
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from shared.db.engines import DATABASE_SETTING
+
 
 @dataclass(frozen=True)
 class AuthConfig:
     """Settings of the auth service, from TENFOLD_AUTH_…."""
 
+    database: str = field(default="", metadata=DATABASE_SETTING)
     session_life_s: float = field(
         default=30 * 86_400,
         metadata={"help": "when a session ends, however often refreshed", "unit": "s", "min": 60},

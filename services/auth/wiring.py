@@ -20,9 +20,9 @@ from services.auth.throttle import LoginThrottle
 from services.auth.tokens import SigningKey, write_private_once
 from shared.bus.outbox import run_relay
 from shared.config import ConfigError, load
+from shared.db.engines import ShardSettings, open_shards
 from shared.db.housekeeping import run_housekeeping
 from shared.db.ids import new_id, random_bucket
-from shared.db.sqlite import open_sqlite_shards
 from shared.identity import DEFAULT_TENANT
 from shared.lifecycle import Registration, Service
 from shared.runtime import Runtime
@@ -53,10 +53,10 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
         )
     )
     try:
-        async with open_sqlite_shards(
-            folder / "shards", migrations=MIGRATIONS, shard_count=SHARD_COUNT,
-            secret=runtime.secret, clock=clock,
-        ) as shards:  # fmt: skip
+        settings = ShardSettings(
+            NAME, config.database, folder / "shards", MIGRATIONS, shard_count=SHARD_COUNT
+        )
+        async with open_shards(settings, secret=runtime.secret, clock=clock) as shards:
             store = SqlAuthStore(shards, clock, runtime.secret, hub)
             await _ensure_admin_key(runtime, store, roles)
             sessions = SessionHandler(

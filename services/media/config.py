@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from services.media.domain import SourceLimits
+from shared.db.engines import DATABASE_SETTING
 
 GIB = 1024**3
 
@@ -11,6 +12,7 @@ GIB = 1024**3
 class MediaConfig:
     """Settings of the media service, from TENFOLD_MEDIA_…."""
 
+    database: str = field(default="", metadata=DATABASE_SETTING)
     upload_bytes_max: int = field(
         default=10 * GIB,
         metadata={"help": "the largest file that is taken", "unit": "bytes", "min": 1},

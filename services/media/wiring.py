@@ -28,9 +28,9 @@ from services.media.worker import TranscodeWorker
 from shared.bus.jobs import JobQueue, run_jobs
 from shared.bus.outbox import run_relay
 from shared.config import load
+from shared.db.engines import ShardSettings, open_shards
 from shared.db.housekeeping import run_housekeeping
 from shared.db.port import Shards
-from shared.db.sqlite import open_sqlite_shards
 from shared.lifecycle import Loop, Registration, Service
 from shared.runtime import Runtime
 
@@ -62,9 +62,8 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     folder = runtime.folder_of(NAME)
     files = MediaFiles(folder)
     await asyncio.to_thread(files.prepare)
-    async with open_sqlite_shards(
-        folder / "shards", migrations=MIGRATIONS, secret=runtime.secret, clock=runtime.clock
-    ) as shards:
+    settings = ShardSettings(NAME, config.database, folder / "shards", MIGRATIONS)
+    async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
         parts = _Parts(shards, SqlMediaStore(shards), files, VideoSignal())
         yield Service(
             name=NAME,

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from shared.db.engines import DATABASE_SETTING
+
 
 @dataclass(frozen=True)
 class NotificationConfig:
@@ -11,6 +13,7 @@ class NotificationConfig:
     other must offer STARTTLS with a certificate that verifies.
     """
 
+    database: str = field(default="", metadata=DATABASE_SETTING)
     smtp_url: str = field(
         default="smtp://127.0.0.1:2525",
         metadata={

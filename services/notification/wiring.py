@@ -22,9 +22,9 @@ from services.notification.watch import InboxWatch
 from shared.bus.outbox import run_relay
 from shared.bus.worker import run_subscription
 from shared.config import ConfigError, load
+from shared.db.engines import ShardSettings, open_shards
 from shared.db.housekeeping import run_housekeeping
 from shared.db.port import Shards
-from shared.db.sqlite import open_sqlite_shards
 from shared.lifecycle import Loop, Registration, Service
 from shared.runtime import Runtime
 
@@ -46,10 +46,8 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     """
     config = load(NotificationConfig, PREFIX, runtime.environ)
     server, sender = mail_server_of(config), sender_of(config)
-    folder = runtime.folder_of(NAME) / "shards"
-    async with open_sqlite_shards(
-        folder, migrations=MIGRATIONS, secret=runtime.secret, clock=runtime.clock
-    ) as shards:
+    settings = ShardSettings(NAME, config.database, runtime.folder_of(NAME) / "shards", MIGRATIONS)
+    async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
         store, signal = SqlNotificationStore(shards), InboxSignal()
         mail = MailSender(
             store,

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, field
 
+from shared.db.engines import DATABASE_SETTING
+
 
 @dataclass(frozen=True)
 class PaymentConfig:
     """Settings of the payment service, from TENFOLD_PAYMENT_…."""
 
+    database: str = field(default="", metadata=DATABASE_SETTING)
     shard_count: int = field(
         default=1,
         metadata={

@@ -12,8 +12,8 @@ from services.payment.handler import LedgerHandler
 from services.payment.store import SqlLedgerStore
 from shared.bus.outbox import run_relay
 from shared.config import load
+from shared.db.engines import ShardSettings, open_shards
 from shared.db.housekeeping import run_housekeeping
-from shared.db.sqlite import open_sqlite_shards
 from shared.lifecycle import Registration, Service
 from shared.runtime import Runtime
 
@@ -30,16 +30,16 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
         ConfigError: a TENFOLD_PAYMENT_… variable is wrong.
     """
     config = load(PaymentConfig, "TENFOLD_PAYMENT_", runtime.environ)
-    async with open_sqlite_shards(
+    settings = ShardSettings(
+        NAME,
+        config.database,
         runtime.folder_of(NAME) / "shards",
-        migrations=MIGRATIONS,
+        MIGRATIONS,
         shard_count=config.shard_count,
         owned_by_first=True,
         synchronous="FULL",  # an acknowledged transfer survives a power cut
-        secret=runtime.secret,
-        clock=runtime.clock,
-        service=NAME,
-    ) as shards:
+    )
+    async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
         store = SqlLedgerStore(shards, runtime.clock)
         await store.verify(entries_max=config.verify_entries_max)
         handler = LedgerHandler(store, page_secret=runtime.secret, clock=runtime.clock)

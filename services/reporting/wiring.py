@@ -17,8 +17,8 @@ from services.reporting.store import SqlReportStore
 from shared.bus.outbox import run_relay
 from shared.bus.worker import run_subscription
 from shared.config import load
+from shared.db.engines import ShardSettings, open_shards
 from shared.db.housekeeping import run_housekeeping
-from shared.db.sqlite import open_sqlite_shards
 from shared.lifecycle import Registration, Service
 from shared.runtime import Runtime
 
@@ -34,13 +34,14 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
         ConfigError: a setting is wrong; the sentence names it.
     """
     config = load(ReportingConfig, PREFIX, runtime.environ)
-    async with open_sqlite_shards(
+    settings = ShardSettings(
+        NAME,
+        config.database,
         runtime.folder_of(NAME) / "shards",
-        migrations=MIGRATIONS,
+        MIGRATIONS,
         shard_count=config.shard_count,
-        secret=runtime.secret,
-        clock=runtime.clock,
-    ) as shards:
+    )
+    async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
         handler = ReportingHandler(
             SqlReportStore(shards), page_secret=runtime.secret, clock=runtime.clock
         )

@@ -9,7 +9,6 @@ from services.auth.revocations import RevocationHub
 from services.auth.store import SqlAuthStore
 from services.auth.wiring import MIGRATIONS
 from shared.db import limits, sqlite_writer
-from shared.db.sqlite import open_sqlite_shards
 from shared.errors import DeadlineExceeded, Overloaded, Unavailable
 from shared.identity import RevocationList
 from tests.fakes import ManualClock
@@ -41,10 +40,9 @@ def clock():
 
 
 @pytest.fixture
-async def shards(tmp_path, clock):
-    async with open_sqlite_shards(
-        tmp_path, migrations=MIGRATIONS, shard_count=1, secret=SECRET, clock=clock
-    ) as opened:
+async def shards(places, clock):
+    place = await places.make(MIGRATIONS, shard_count=1)
+    async with place.open(clock=clock) as opened:
         yield opened
 
 

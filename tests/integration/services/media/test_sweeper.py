@@ -13,8 +13,8 @@ from services.media.store import OpenUploadLimits, Scope, SqlMediaStore
 from services.media.sweeper import GRACE_S, Sweeper
 from shared.db.ids import bucket_of, new_id
 from shared.db.port import Once, Shards
-from shared.db.sqlite import open_sqlite_shards
 from shared.identity import Principal, PrincipalKind
+from tests.databases import Places
 from tests.fakes import ManualClock
 
 OWNER = new_id(7)
@@ -74,12 +74,11 @@ class Swept:
 
 
 @pytest.fixture
-async def swept(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Swept]:
+async def swept(places: Places, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Swept]:
     files = MediaFiles(tmp_path / "media")
     files.prepare()
-    async with open_sqlite_shards(
-        tmp_path / "shards", migrations=wiring.MIGRATIONS, secret=bytes(32), clock=clock
-    ) as shards:
+    place = await places.make(wiring.MIGRATIONS)
+    async with place.open(clock=clock) as shards:
         store = SqlMediaStore(shards)
         sweeper = Sweeper(
             store=store,

@@ -13,7 +13,7 @@ from deploy.local import servers
 from deploy.local.address import free_addresses
 from shared.bus.jetstream import Bus, open_bus
 from shared.db.port import Shards
-from shared.db.sqlite import open_sqlite_shards
+from tests.databases import Places
 from tests.fakes import ManualClock
 from tests.mesh import running_program
 
@@ -152,14 +152,9 @@ def eventually() -> Callable[[Callable[[], Awaitable[bool]]], Awaitable[None]]:
 
 
 @pytest.fixture
-async def shards(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Shards]:
-    async with open_sqlite_shards(
-        tmp_path / "notification",
-        migrations=MIGRATIONS,
-        shard_count=2,
-        secret=b"s" * 32,
-        clock=clock,
-    ) as opened:
+async def shards(places: Places, clock: ManualClock) -> AsyncIterator[Shards]:
+    place = await places.make(MIGRATIONS, shard_count=2)
+    async with place.open(clock=clock) as opened:
         yield opened
 
 

@@ -1,10 +1,8 @@
 """The reporting service on a real gRPC server and real files."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from uuid import UUID
 
 import grpc.aio
@@ -30,13 +28,13 @@ from services.reporting.handler import ReportingHandler
 from services.reporting.store import SqlReportStore
 from services.reporting.wiring import MIGRATIONS
 from shared.bus.worker import Event
-from shared.clock import Clock, SystemClock
+from shared.clock import SystemClock
 from shared.db.ids import bucket_of, new_id
 from shared.db.port import Shards
-from shared.db.sqlite import open_sqlite_shards
 from shared.identity import IdentitySigner, IdentityVerifier, Principal, PrincipalKind
 from shared.lifecycle import Registration
 from shared.rpc.server import RpcServer
+from tests.databases import Place, Places
 from tests.engine import CONFIG
 
 SECRET = b"thirty-two bytes that are secret."
@@ -51,17 +49,14 @@ def operator(tenant: str = "default") -> Principal:
     return Principal(PrincipalKind.ADMIN, str(new_id(5)), tenant, SCOPES, "key")
 
 
-@asynccontextmanager
-async def open_reporting_shards(folder: Path, clock: Clock) -> AsyncIterator[Shards]:
-    async with open_sqlite_shards(
-        folder, migrations=MIGRATIONS, secret=SECRET, clock=clock
-    ) as shards:
-        yield shards
+@pytest.fixture
+async def place(places: Places) -> Place:
+    return await places.make(MIGRATIONS)
 
 
 @pytest.fixture
-async def shards(tmp_path: Path) -> AsyncIterator[Shards]:
-    async with open_reporting_shards(tmp_path / "reporting", SystemClock()) as opened:
+async def shards(place: Place) -> AsyncIterator[Shards]:
+    async with place.open() as opened:
         yield opened
 
 

@@ -1,0 +1,86 @@
+"""Which engine serves a service's shards: Postgres if its setting names databases, else SQLite."""
+
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.clock import Clock
+from shared.config import ConfigError
+from shared.db.port import Shards
+
+DATABASE_SETTING: dict[str, Any] = {
+    "help": "shards on Postgres, one DSN each, comma-separated in the order they were made; "
+    "empty for SQLite in the data folder",
+    "secret": True,
+}
+"""What every service says of its setting `database`."""
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """What a service's shards are made of, on either engine.
+
+    Attributes:
+        service: its name.
+        database: its setting of that name.
+        folder: where SQLite keeps its files.
+        migrations: the service's SQL files.
+        shard_count: of SQLite's; Postgres has as many as are named.
+        owned_by_first: give all buckets of new shards to the first.
+        synchronous: SQLite's FULL for what a power cut must not take; Postgres always is.
+    """
+
+    service: str
+    database: str
+    folder: Path
+    migrations: Path
+    shard_count: int = 4
+    owned_by_first: bool = False
+    synchronous: Literal["FULL", "NORMAL"] = "NORMAL"
+
+
+def open_shards(
+    settings: ShardSettings, *, secret: bytes, clock: Clock
+) -> AbstractAsyncContextManager[Shards]:
+    """Open a service's shards, creating and migrating them as needed.
+
+    Args:
+        settings: which, and where.
+        secret: 32 bytes or more that never change for this data.
+        clock: dates what is written.
+
+    Raises:
+        ConfigError: the setting is malformed; the sentence names it, and no password.
+        DatabaseRefused: from the block, if a shard cannot be served.
+    """
+    # Each engine is loaded only where it is used: a process has one of them.
+    if not settings.database:
+        from shared.db.sqlite import open_sqlite_shards
+
+        return open_sqlite_shards(
+            settings.folder,
+            migrations=settings.migrations,
+            shard_count=settings.shard_count,
+            owned_by_first=settings.owned_by_first,
+            synchronous=settings.synchronous,
+            secret=secret,
+            clock=clock,
+            service=settings.service,
+        )
+    from shared.db.postgres import open_postgres_shards
+    from shared.db.postgres_shards import parse_servers
+
+    try:
+        servers = parse_servers(settings.database, service=settings.service)
+    except ValueError as error:
+        variable = f"TENFOLD_{settings.service.upper()}_DATABASE"
+        raise ConfigError(f"{variable} is not allowed: {error}.") from error
+    return open_postgres_shards(
+        servers,
+        migrations=settings.migrations,
+        owned_by_first=settings.owned_by_first,
+        secret=secret,
+        clock=clock,
+        service=settings.service,
+    )
