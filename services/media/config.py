@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from services.media.domain import SourceLimits
+from services.media.domain import SourceLimits, StockLimits
 from shared.db.engines import DATABASE_SETTING
 
 GIB = 1024**3
@@ -31,6 +31,22 @@ class MediaConfig:
     open_bytes_max: int = field(
         default=50 * GIB,
         metadata={"help": "what one owner's unfinished uploads may hold", "unit": "bytes"},
+    )
+    stored_bytes_max: int = field(
+        default=200 * GIB,
+        metadata={
+            "help": "what one owner may store: uploads, unfinished ones by their whole size",
+            "unit": "bytes",
+            "min": 1,
+        },
+    )
+    transcode_s_per_day_max: int = field(
+        default=24 * 3600,
+        metadata={
+            "help": "length of film that one owner may have converted in a day (UTC)",
+            "unit": "s",
+            "min": 1,
+        },
     )
     sweep_s: float = field(
         default=30.0,
@@ -114,6 +130,11 @@ class MediaConfig:
         default=SourceLimits.duration_s_max,
         metadata={"help": "of a source", "unit": "s", "min": 1},
     )
+
+    @property
+    def stock_limits(self) -> StockLimits:
+        """What one owner may hold, and use up in a day."""
+        return StockLimits(self.stored_bytes_max, self.transcode_s_per_day_max)
 
     @property
     def source_limits(self) -> SourceLimits:

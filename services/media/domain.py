@@ -62,6 +62,7 @@ class FailureReason(StrEnum):
     SOURCE_OVER_LIMIT = "SOURCE_OVER_LIMIT"
     TRANSCODER_MISSING = "TRANSCODER_MISSING"
     TRANSCODE_FAILED = "TRANSCODE_FAILED"
+    TRANSCODE_QUOTA_EXCEEDED = "TRANSCODE_QUOTA_EXCEEDED"
 
 
 # Errors ---------------------------------------------------------------------------------
@@ -333,6 +334,20 @@ class Failure:
     reason: FailureReason
     description: str
     is_retryable: bool
+
+
+@dataclass(frozen=True)
+class StockLimits:
+    """What one owner may hold, and use up in a day.
+
+    Attributes:
+        stored_bytes_max: of uploads, unfinished ones by their whole size, and of the sources
+            of videos.
+        transcode_s_per_day_max: length of the films converted, of those that are being too.
+    """
+
+    stored_bytes_max: int
+    transcode_s_per_day_max: int
 
 
 class SourceRefused(Exception):

@@ -5,6 +5,7 @@ worker does names the video and its tenant, and is fenced by the video's job tok
 """
 
 import json
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from services.media.domain import (
     OffsetMismatch,
     Rendition,
     Source,
+    StockLimits,
     TooManyUploads,
     Upload,
     UploadClosed,
@@ -31,9 +33,12 @@ from services.media.domain import (
 from shared.clock import of_us, to_us
 from shared.db.ids import bucket_of, new_id
 from shared.db.port import Once, OutboxRow, Reader, Row, Shards, Transaction
+from shared.db.stock import Stock, commit_held, commit_used, day_of, release, reserve
 from shared.identity import Principal, PrincipalKind
 
 NOBODY = UUID(int=0)
+# What an owner may hold, and use up in a day; their names are told in refusals.
+STORED_BYTES, TRANSCODE_SECONDS = "stored-bytes", "transcode-seconds"
 # UUIDs of version 7 compare by their time, newest last: a page starts below this.
 LAST_ID = UUID(int=2**128 - 1)
 
@@ -155,6 +160,7 @@ class MediaStore(Protocol):
 
         Raises:
             TooManyUploads: the owner has as much open as it may.
+            StockExceeded: the owner stores as much as it may.
         """
         ...
 
@@ -256,6 +262,7 @@ class MediaStore(Protocol):
 
         Raises:
             VideoNotFound: absent, or not in scope; and whatever `change` raises.
+            StockExceeded: the owner has had as much converted today as it may.
         """
         ...
 
@@ -271,8 +278,9 @@ class MediaStore(Protocol):
 class SqlMediaStore:
     """See MediaStore."""
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, stocks: StockLimits) -> None:
         self._shards = shards
+        self._stocks = stocks
 
     async def insert_upload(
         self, upload: Upload, *, once: Once, limits: OpenUploadLimits
@@ -289,6 +297,9 @@ class SqlMediaStore:
                 raise TooManyUploads(f"{limits.count_max} files")
             if row["open_bytes"] + upload.size_bytes > limits.bytes_max:
                 raise TooManyUploads(f"{limits.bytes_max} bytes")
+            stored = Stock(upload.tenant, upload.owner, STORED_BYTES)
+            limit = self._stocks.stored_bytes_max
+            await reserve(tx, stored, upload.id, upload.size_bytes, limit=limit)
             await tx.execute(INSERT_UPLOAD, bucket, *_row_of_upload(upload))
             await tx.answer_with(upload.id.bytes)
         return upload
@@ -333,6 +344,7 @@ class SqlMediaStore:
             video = _video_of_upload(current, sha256=sha256, now=now)
             completed = replace(current.completed(video.id), expires_at=expires_at)
             await _update_upload(tx, completed)
+            await commit_held(tx, upload.tenant, STORED_BYTES, upload.id)
             await tx.execute(INSERT_VIDEO, tx.bucket, *_row_of_video(video, now))
             await tx.append_outbox(events.video_queued(video))
             await tx.append_outbox(events.transcode_job(video))
@@ -354,6 +366,7 @@ class SqlMediaStore:
             ended = upload.ended(state)
             if ended is not upload:
                 await _update_upload(tx, replace(ended, expires_at=keep_until))
+                await release(tx, upload.tenant, STORED_BYTES, upload.id)
         return ended
 
     async def list_stale_uploads(self, now: datetime, *, count_max: int) -> Sequence[Upload]:
@@ -413,10 +426,26 @@ class SqlMediaStore:
             changed = change(video)
             if changed is video:
                 return video
+            await self._count(tx, video, changed, now)
             await _update_video(tx, changed, now)
             for row in announce(changed):
                 await tx.append_outbox(row)
         return replace(changed, version=video.version + 1)
+
+    async def _count(self, tx: Transaction, before: Video, after: Video, now: datetime) -> None:
+        """What a change of a video means for its owner's stocks."""
+        tenant = after.tenant
+        if before.source is None and after.source is not None:
+            seconds = Stock(tenant, after.owner, TRANSCODE_SECONDS, day_of(now))
+            length_s = max(1, math.ceil(after.source.duration_s))
+            limit = self._stocks.transcode_s_per_day_max
+            await reserve(tx, seconds, after.id, length_s, limit=limit)
+        elif after.state is VideoState.READY and before.state is not VideoState.READY:
+            await commit_used(tx, tenant, TRANSCODE_SECONDS, after.id)
+        elif after.state.is_final:
+            await release(tx, tenant, TRANSCODE_SECONDS, after.id)
+        if before.is_source_of_use and not after.is_source_of_use:
+            await release(tx, tenant, STORED_BYTES, after.upload_id)
 
     async def list_forgotten_videos(self, before: datetime, *, count_max: int) -> Sequence[Video]:
         """See MediaStore.list_forgotten_videos."""

@@ -64,7 +64,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     await asyncio.to_thread(files.prepare)
     settings = ShardSettings(NAME, config.database, folder / "shards", MIGRATIONS)
     async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
-        parts = _Parts(shards, SqlMediaStore(shards), files, VideoSignal())
+        parts = _Parts(shards, SqlMediaStore(shards, config.stock_limits), files, VideoSignal())
         yield Service(
             name=NAME,
             registrations=_registrations(runtime, config, parts),

@@ -52,6 +52,7 @@ from shared.bus.jobs import Job
 from shared.clock import Clock
 from shared.crashpoints import CrashPoint
 from shared.db.port import OutboxRow
+from shared.db.stock import StockExceeded
 from shared.errors import TenfoldError
 
 PROGRESS_S = 0.25
@@ -218,13 +219,23 @@ class TranscodeWorker:
             raise RunFailed("The uploaded bytes are gone.")
         probe = await self.sandbox.probe(path)
         source = check_source(probe, self.config.source_limits)
-        await self._change(video, lambda current: current.held_by(video.job_token).probed(source))
+        await self._take_source(video, source)
         renditions = await self._make(video, path, probe)
         MADE_NOT_PUBLISHED.visit()
         await self.files.publish(video.id, video.job_token)
         PUBLISHED_NOT_RECORDED.visit()
         await self._record(video, renditions)
         RECORDED_NOT_ACKED.visit()
+
+    async def _take_source(self, video: Video, source: Source) -> None:
+        """Say what is converted; its length is reserved in the owner's stock."""
+        try:
+            await self._change(
+                video, lambda current: current.held_by(video.job_token).probed(source)
+            )
+        except StockExceeded as error:
+            reason = FailureReason.TRANSCODE_QUOTA_EXCEEDED
+            raise SourceRefused(reason, error.message) from error
 
     async def _make(self, video: Video, path: Path, probe: Probe) -> tuple[Rendition, ...]:
         """Segments first, then the variant lists, the master list last."""

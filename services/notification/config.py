@@ -41,6 +41,9 @@ class NotificationConfig:
     mail_from_name: str = field(
         default="Tenfold", metadata={"help": "the name that mail comes from"}
     )
+    emails_per_day_max: int = field(
+        default=500, metadata={"help": "e-mails to one recipient in a day (UTC)", "min": 1}
+    )
     sender_poll_s: float = field(
         default=2.0,
         metadata={

@@ -16,6 +16,7 @@ USER_COLLECTION = "users/"
 NOBODY = UUID(int=0)
 CONTACT_UNKNOWN = "CONTACT_UNKNOWN"
 CLAIM_LOST_TWICE = "CLAIM_LOST_TWICE"
+MAIL_QUOTA_EXCEEDED = "MAIL_QUOTA_EXCEEDED"
 # A person who cannot be reached in this many tries (about a day and a half) is given up.
 ATTEMPT_COUNT_MAX = 40
 RETRY_FIRST_S = 30.0
@@ -244,6 +245,17 @@ class Delivery:
                 return self._end(DeliveryState.UNKNOWN, outcome.reason)
             case Reply.DEFERRED:
                 return self._retry(outcome.reason, now=now, jitter=jitter)
+
+    def wait_for_tomorrow(self, *, now: datetime) -> Self:
+        """The recipient has had as many e-mails today as it may: the next day it is due (UTC)."""
+        assert not self.state.is_final
+        midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+        return replace(
+            self,
+            state=DeliveryState.QUEUED,
+            reason=MAIL_QUOTA_EXCEEDED,
+            next_attempt_at=midnight + timedelta(days=1),
+        )
 
     def wait_for_contact(self, *, now: datetime) -> Self:
         """Nobody knows the address yet: look again later, within bounds."""

@@ -31,6 +31,7 @@ from shared.bus.checkpoint import checkpoint
 from shared.clock import Clock
 from shared.crashpoints import CrashPoint
 from shared.db.port import Shard
+from shared.db.stock import StockExceeded
 from shared.errors import Aborted, DeadlineExceeded, Overloaded, Unavailable
 
 CLAIMED_NOT_SENT = CrashPoint(
@@ -173,7 +174,12 @@ class MailSender:
     ) -> None:
         now = self._clock.now()
         decided = delivery.claim(holder, now=now, claim_s=self._settings.claim_s)
-        claimed = await self._store.update(delivery, decided, now=now)
+        try:
+            claimed = await self._store.update(delivery, decided, now=now)
+        except StockExceeded as error:
+            _log.info("mail.postponed", delivery=str(delivery.delivery_id), reason=error.message)
+            await self._store.update(delivery, delivery.wait_for_tomorrow(now=now), now=now)
+            return
         if claimed is None or claimed.state.is_final:
             return
         CLAIMED_NOT_SENT.visit()

@@ -23,9 +23,12 @@ from services.notification.mail import Letter
 from shared.clock import of_us, to_us
 from shared.db.ids import bucket_of, new_id
 from shared.db.port import Row, Shard, Shards, Transaction
+from shared.db.stock import Stock, commit_used, day_of, release, reserve
 
 # UUIDs of version 7 compare by their time, newest last: a page starts below this.
 LAST_ID = UUID(int=2**128 - 1)
+# The stock of which each delivery takes one.
+EMAILS = "emails"
 
 INSERT_CONTACT = """
 INSERT INTO contact (bucket, id, tenant, owner, version, email, display_name, locale, created_us)
@@ -195,15 +198,20 @@ class DeliveryStore(Protocol):
         ...
 
     async def update(self, before: Delivery, after: Delivery, *, now: datetime) -> Delivery | None:
-        """Store a decision and, if it is final, its event; None if the row has changed since."""
+        """Store a decision and, if it is final, its event; None if the row has changed since.
+
+        Raises:
+            StockExceeded: it begins an attempt, and the recipient has had its e-mails today.
+        """
         ...
 
 
 class SqlNotificationStore:
     """See InboxStore and DeliveryStore. In the service's shards."""
 
-    def __init__(self, shards: Shards) -> None:
+    def __init__(self, shards: Shards, *, emails_per_day_max: int) -> None:
         self._shards = shards
+        self._emails_per_day_max = emails_per_day_max
 
     async def list_items(
         self, tenant: str, owner: UUID, *, before: UUID = LAST_ID, limit: int
@@ -276,9 +284,26 @@ class SqlNotificationStore:
         async with self._shards.holding(before.owner).transaction() as tx:
             if not await tx.execute(UPDATE_DELIVERY, *_arguments_of_update(before, after)):
                 return None
+            await self._count(tx, before, after, now)
             if after.state.is_final:
                 await tx.append_outbox(events.delivery_finished(after, now))
         return replace(after, version=before.version + 1)
+
+    async def _count(
+        self, tx: Transaction, before: Delivery, after: Delivery, now: datetime
+    ) -> None:
+        """An attempt reserves one e-mail of the day on which it began; who got it, used it up.
+
+        One that may have arrived counts; an attempt that is repeated in doubt is the same one.
+        """
+        tenant, entry_id = after.tenant, after.delivery_id
+        if after.state is DeliveryState.SENDING:
+            emails = Stock(tenant, after.owner, EMAILS, day_of(now))
+            await reserve(tx, emails, entry_id, 1, limit=self._emails_per_day_max)
+        elif after.state in {DeliveryState.SENT, DeliveryState.UNKNOWN}:
+            await commit_used(tx, tenant, EMAILS, entry_id)
+        elif before.state is DeliveryState.SENDING:
+            await release(tx, tenant, EMAILS, entry_id)
 
 
 async def insert_contact(tx: Transaction, contact: Contact, *, now: datetime) -> None:

@@ -48,7 +48,8 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     server, sender = mail_server_of(config), sender_of(config)
     settings = ShardSettings(NAME, config.database, runtime.folder_of(NAME) / "shards", MIGRATIONS)
     async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
-        store, signal = SqlNotificationStore(shards), InboxSignal()
+        store = SqlNotificationStore(shards, emails_per_day_max=config.emails_per_day_max)
+        signal = InboxSignal()
         mail = MailSender(
             store,
             open_mail=partial(

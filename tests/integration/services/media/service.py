@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import contextlib
 import os
 import secrets
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -130,6 +132,18 @@ class MediaProcess:
     @property
     def media(self) -> Path:
         return self.folder / "services" / "media"
+
+    def stocks(self) -> dict[str, tuple[int, int]]:
+        """Of all owners together: kind -> used, reserved."""
+        found: dict[str, tuple[int, int]] = {}
+        for path in (self.media / "shards").glob("shard-*.sqlite"):
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                for kind, used, reserved in connection.execute(
+                    "SELECT kind, used, reserved FROM stock WHERE used + reserved > 0"
+                ):
+                    sums = found.get(kind, (0, 0))
+                    found[kind] = (sums[0] + used, sums[1] + reserved)
+        return found
 
     @asynccontextmanager
     async def client(self, principal: Principal) -> AsyncIterator["MediaClient"]:

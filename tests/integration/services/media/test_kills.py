@@ -11,6 +11,9 @@ from tenfold.media.v1 import media_pb2
 
 from tests.integration.services.media.service import MediaProcess, new_user, until
 
+# What a film of half a second takes of a day's stock, used and reserved.
+ONE_SECOND = {"transcode-seconds": (1, 0)}
+
 
 def events_of(media: MediaProcess, video: str) -> list[str]:
     """The types of the video's events, in their order."""
@@ -55,6 +58,7 @@ async def test_an_upload_goes_on_after_a_kill_and_makes_one_video(own_media, sma
         assert video.source.sha256 == hashlib.sha256(small_film).hexdigest()
         assert len((await client.list()).videos) == 1
         assert events_of(own_media, video.name) == ["VideoQueued", "VideoReady"]
+        assert own_media.stocks() == {"stored-bytes": (len(small_film), 0), **ONE_SECOND}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,7 @@ async def test_a_worker_killed_at_a_point_is_followed_by_one_that_makes_the_vide
         assert video.state == media_pb2.Video.STATE_READY, video
         assert (await client.file(name, "master.m3u8")).status == 200
         assert events_of(own_media, name) == ["VideoQueued", "VideoReady"]
+        assert own_media.stocks() == {"stored-bytes": (len(small_film), 0), **ONE_SECOND}
         videos, work = own_media.media / "videos", own_media.media / "work"
 
         def is_swept() -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from services.media import events, wiring
+from services.media.config import MediaConfig
 from services.media.domain import Upload, UploadState, Video
 from services.media.files import MediaFiles
 from services.media.store import OpenUploadLimits, Scope, SqlMediaStore
@@ -79,7 +80,7 @@ async def swept(places: Places, tmp_path: Path, clock: ManualClock) -> AsyncIter
     files.prepare()
     place = await places.make(wiring.MIGRATIONS)
     async with place.open(clock=clock) as shards:
-        store = SqlMediaStore(shards)
+        store = SqlMediaStore(shards, MediaConfig().stock_limits)
         sweeper = Sweeper(
             store=store,
             files=files,

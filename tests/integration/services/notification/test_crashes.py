@@ -68,6 +68,9 @@ def running_process(environ: dict[str, str]) -> Iterator[subprocess.Popen[bytes]
         process.wait()
 
 
+COUNTED = "SELECT used, reserved FROM stock WHERE tenant = $1 AND owner = $2"
+
+
 def log_of(environ: dict[str, str]) -> Path:
     return Path(environ["TENFOLD_DATA"]) / "process.log"
 
@@ -77,16 +80,18 @@ async def ended(process: subprocess.Popen[bytes]) -> int:
 
 
 async def stored_in(data: DataFolder):
-    """The items and the only delivery; asked when the service does not run."""
+    """The items, the only delivery, and the e-mails counted; asked when nothing runs."""
     async with open_sqlite_shards(
         data.path / "services/notification/shards",
         migrations=MIGRATIONS,
         secret=data.secret.read_bytes(),
         clock=SystemClock(),
     ) as shards:
-        store = SqlNotificationStore(shards)
+        store = SqlNotificationStore(shards, emails_per_day_max=500)
         [delivery] = await store.list_deliveries(TENANT, ADA, limit=10)
-        return await store.list_items(TENANT, ADA, limit=10), delivery
+        rows = await shards.holding(ADA).fetch_all(COUNTED, TENANT, ADA)
+        counted = [(row["used"], row["reserved"]) for row in rows]
+        return await store.list_items(TENANT, ADA, limit=10), delivery, counted
 
 
 @pytest.fixture
@@ -133,10 +138,11 @@ async def test_a_process_that_was_killed_finishes_with_at_most_one_duplicate(
     await die(environ)
     assert len(mailbox.mails) == mails_at_death
     await finish()
-    items, delivery = await stored_in(data)
+    items, delivery, counted = await stored_in(data)
     assert sorted(item.category for item in items) == ["user.welcome", "video.ready"]
     assert delivery.state is DeliveryState.SENT
     assert len(mailbox.mails) == mails_at_end
+    assert counted == [(1, 0)]  # one notice is one e-mail of the day's stock, whatever died
     # The duplicate is the same message to the last byte, Message-ID and all.
     assert len(set(mailbox.contents)) == 1
     message_id = email.message_from_bytes(mailbox.contents[0])["Message-ID"]
@@ -150,6 +156,7 @@ async def test_a_process_killed_twice_over_one_mail_leaves_it_unknown_and_sends_
     await die(environ)
     await die(environ)
     await finish()
-    _, delivery = await stored_in(data)
+    _, delivery, counted = await stored_in(data)
     assert (delivery.state, delivery.reason) == (DeliveryState.UNKNOWN, CLAIM_LOST_TWICE)
+    assert counted == [(1, 0)]
     assert len(mailbox.mails) == 1

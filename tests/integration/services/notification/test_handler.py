@@ -81,7 +81,7 @@ def signal() -> InboxSignal:
 
 @pytest.fixture
 async def client_of(shards, signal):
-    store = SqlNotificationStore(shards)
+    store = SqlNotificationStore(shards, emails_per_day_max=500)
     clock = SystemClock()
     handler = NotificationHandler(
         store,

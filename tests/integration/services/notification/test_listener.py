@@ -31,7 +31,7 @@ async def store(tmp_path: Path):
         secret=b"s" * 32,
         clock=SystemClock(),
     ) as shards:
-        yield SqlNotificationStore(shards)
+        yield SqlNotificationStore(shards, emails_per_day_max=500)
 
 
 async def titles_of(store, user) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 from services.notification.domain import (
     CLAIM_LOST_TWICE,
     CONTACT_UNKNOWN,
+    MAIL_QUOTA_EXCEEDED,
     Contact,
     DeliveryState,
     Notice,
@@ -38,7 +39,7 @@ def open_mail_at(port: int):
 
 @pytest.fixture
 def store(shards) -> SqlNotificationStore:
-    return SqlNotificationStore(shards)
+    return SqlNotificationStore(shards, emails_per_day_max=500)
 
 
 @pytest.fixture
@@ -304,3 +305,40 @@ async def test_a_stop_finishes_the_message_in_hand(
     assert delivery.state is DeliveryState.SENT
     assert delivery.sent_at is not None
     assert delivery.sent_at - delivery.created_at > timedelta(0)
+
+
+async def test_beyond_its_emails_of_a_day_a_recipient_waits_for_the_next(
+    shards, clock, tell, meet, shard, mailbox, make_sender, store
+):
+    store._emails_per_day_max = 2
+    await meet()
+    for number in range(5):
+        await tell(f"event-{number}")
+    sender = make_sender(mailbox.port)
+    assert await sender.send_due(shard, HOLDER) == 5
+    assert await sender.send_due(shard, HOLDER) == 0
+    waiting = [
+        delivery
+        for delivery in await store.list_deliveries(TENANT, ADA, limit=10)
+        if delivery.state is DeliveryState.QUEUED
+    ]
+    assert len(mailbox.mails) == 2
+    assert {(one.reason, one.attempt_count) for one in waiting} == {(MAIL_QUOTA_EXCEEDED, 0)}
+    clock.advance(24 * 3600)
+    assert await sender.send_due(shard, HOLDER) == 3
+    assert len(mailbox.mails) == 4
+
+
+async def test_a_mail_that_the_server_refuses_or_defers_takes_nothing_of_the_days_stock(
+    shards, clock, tell, meet, shard, mailbox, make_sender, store
+):
+    store._emails_per_day_max = 1
+    await meet("ada@bad address")
+    await tell("event-1")
+    sender = make_sender(mailbox.port)
+    await sender.send_due(shard, HOLDER)
+    assert (await only_delivery(store)).state is DeliveryState.FAILED
+    await meet()
+    await tell("event-2")
+    await sender.send_due(shard, HOLDER)
+    assert len(mailbox.mails) == 1

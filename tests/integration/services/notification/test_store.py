@@ -36,7 +36,7 @@ def notice(cause: str = "event-1", **changes) -> Notice:
 
 @pytest.fixture
 def store(shards) -> SqlNotificationStore:
-    return SqlNotificationStore(shards)
+    return SqlNotificationStore(shards, emails_per_day_max=500)
 
 
 @pytest.fixture

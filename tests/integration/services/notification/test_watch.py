@@ -23,7 +23,7 @@ ADA, BOB = new_id(7), new_id(7)
 
 @pytest.fixture
 def store(shards) -> SqlNotificationStore:
-    return SqlNotificationStore(shards)
+    return SqlNotificationStore(shards, emails_per_day_max=500)
 
 
 @pytest.fixture

@@ -37,6 +37,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The transcoder failed, hung or broke its limits."""
     ERROR_REASON_UPLOAD_CLOSED: _ErrorReason.ValueType  # 5
     """The upload has ended: completed, terminated or expired."""
+    ERROR_REASON_TRANSCODE_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 6
+    """The owner has used up what may be converted in a day."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why the media service refuses, beside the common reasons."""
@@ -52,6 +54,8 @@ ERROR_REASON_TRANSCODE_FAILED: ErrorReason.ValueType  # 4
 """The transcoder failed, hung or broke its limits."""
 ERROR_REASON_UPLOAD_CLOSED: ErrorReason.ValueType  # 5
 """The upload has ended: completed, terminated or expired."""
+ERROR_REASON_TRANSCODE_QUOTA_EXCEEDED: ErrorReason.ValueType  # 6
+"""The owner has used up what may be converted in a day."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
