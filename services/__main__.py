@@ -14,6 +14,8 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import uvloop
+
 # Nothing here may load gRPC before the spawner's helper has been forked: see run.
 from shared.config import ConfigError, ProcessConfig, load, read_trust
 from shared.spawner import Spawner
@@ -166,7 +168,8 @@ def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         spawner = Spawner.start()
         try:
-            asyncio.run(serve(names, environ, spawner))
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(serve(names, environ, spawner))
         finally:
             spawner.close()
             _flush_log()

@@ -14,6 +14,7 @@ from typing import Any
 
 import shop_pb2
 import shop_pb2_grpc
+import uvloop
 from google.protobuf import json_format
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
@@ -81,4 +82,5 @@ async def serve(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(Path(sys.argv[1])))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(Path(sys.argv[1])))
