@@ -1,0 +1,1 @@
+"""Moves buckets between shards while they are written."""
