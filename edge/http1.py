@@ -255,6 +255,8 @@ class Http1Connection(asyncio.Protocol):
     # Ends
     def _refuse(self, refusal: Refusal) -> None:
         """Answer the request at fault, in its turn, and close: those before it are innocent."""
+        if self._lingers_since_s:  # it was answered before its body came
+            return
         faulty, current = self._parser.arriving, self._current
         headers = self._parser.headers if faulty is None else faulty.headers
         refusal.request_id = request_id_of(dict(headers))

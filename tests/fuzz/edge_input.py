@@ -166,6 +166,11 @@ class FakeTransport:
 
     abort = close
 
+    def write_eof(self) -> None: ...
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def is_closing(self) -> bool:
         return self.is_closed
 
