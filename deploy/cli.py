@@ -193,6 +193,14 @@ def edge(
     listen: Annotated[
         str, typer.Option(help="HOST:PORT where REST is served; port 0 picks a free one.")
     ] = "127.0.0.1:8080",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that serve that address, at most one per core. "
+            "Default: TENFOLD_EDGE_WORKERS, else 1.",
+        ),
+    ] = None,
     allow_anonymous: Annotated[
         bool,
         typer.Option(
@@ -238,6 +246,8 @@ def edge(
         # With identities it would be the edge of a mesh.
         "TENFOLD_IDENTITY_FOLDER": "",
     }
+    if workers is not None:
+        given["TENFOLD_EDGE_WORKERS"] = str(workers)
     command = [sys.executable, "-P", "-m", "edge"]
     os.execve(command[0], command, {**os.environ, **given})  # noqa: S606 - that is the point
 

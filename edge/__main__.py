@@ -8,8 +8,9 @@ import asyncio
 import os
 import signal
 import sys
-from contextlib import closing, suppress
+from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -17,6 +18,7 @@ from edge.api import Api
 from edge.config import EdgeConfig
 from edge.contracts import ContractError
 from edge.docs import DOCS_PATH
+from edge.handover import Handover, talking
 from edge.serving import serving
 from edge.wiring import Surroundings, load_api, open_edge
 from shared import log
@@ -27,13 +29,21 @@ from shared.listening import ListenError, bind
 from shared.rpc.client import Upstreams
 from shared.rpc.tls import ClientTls
 from shared.telemetry.metrics import Metrics
-from shared.telemetry.scrapes import open_telemetry
+from shared.telemetry.scrapes import open_telemetry, telling
+
+# Until a worker that others stand in for is ready; then it serves, whatever is missing.
+READY_WAIT_S = 5.0
 
 _log = log.get_logger("edge")
 
 
-async def run(config: EdgeConfig, process: ProcessConfig) -> None:
+async def run(config: EdgeConfig, process: ProcessConfig, handover: Handover | None = None) -> None:
     """Serve until signalled; a signal that comes before it serves, or a second one, ends it.
+
+    Args:
+        config: of the edge.
+        process: of every process.
+        handover: what a worker has of its parent; None for an edge of one process.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -45,16 +55,50 @@ async def run(config: EdgeConfig, process: ProcessConfig) -> None:
     around = _surroundings(config, process)
     log.install_loop_handler(asyncio.get_running_loop())
     # Before it listens: what cannot be served shall not look like a server.
-    api = await load_api(config, around, _tell)
+    is_first = handover is None or handover.turn.worker == 0
+    api = await load_api(config, around, _tell if is_first else _log.info)
+    if handover is None:
+        await _serve_alone(config, process.metrics_listen, around, api, stop)
+    else:
+        await _serve_among_workers(config, handover, around, api, stop)
+
+
+async def _serve_alone(
+    config: EdgeConfig, metrics_listen: str, around: Surroundings, api: Api, stop: "_Stop"
+) -> None:
     with closing(bind(config.listen, setting="TENFOLD_EDGE_LISTEN")) as listener:
         async with (
-            open_telemetry(around.metrics, process.metrics_listen) as metrics_port,
+            open_telemetry(around.metrics, metrics_listen) as metrics_port,
             open_edge(config, around, api) as app,
             serving(app, config, listener) as port,
         ):
-            _say_where(config, around, api, port, metrics_port)
+            where = _where(config, around, api, port)
+            sentence = where.pop("sentence")
+            _log.info("serving", **where, metrics_port=metrics_port)
+            if sentence:
+                _tell(sentence)
             await stop.asked()
             _log.info("draining")
+
+
+async def _serve_among_workers(
+    config: EdgeConfig, handover: Handover, around: Surroundings, api: Api, stop: "_Stop"
+) -> None:
+    log.share_stdout()
+    worker = str(handover.turn.worker)
+    async with (
+        telling(around.metrics, {"worker": worker}) as render,
+        talking(handover.control, render, on_gone=stop.ask) as parent,
+        open_edge(config, around, api) as app,
+        AsyncExitStack() as stack,
+    ):
+        if handover.others_serve:
+            await app.until_ready(READY_WAIT_S)
+        opened = serving(app, config, handover.listener, handover.turn)
+        port = await stack.enter_async_context(opened)
+        parent.say_serving(_where(config, around, api, port))
+        await stop.asked()
+        _log.info("draining", worker=handover.turn.worker)
 
 
 class _Stop:
@@ -72,6 +116,11 @@ class _Stop:
         self._asked = asyncio.Event()
         await self._asked.wait()
 
+    def ask(self) -> None:
+        """What the first signal does; without effect after it."""
+        if self._asked is None or not self._asked.is_set():
+            self._on_signal()
+
     def _on_signal(self) -> None:
         if self._asked is not None and not self._asked.is_set():
             self._asked.set()
@@ -79,25 +128,24 @@ class _Stop:
             self._task.cancel()
 
 
-def _say_where(
-    config: EdgeConfig, around: Surroundings, api: Api, port: int, metrics_port: int
-) -> None:
+def _where(config: EdgeConfig, around: Surroundings, api: Api, port: int) -> dict[str, Any]:
+    """What is served, and where; with a sentence for people, where there are no other parts."""
     host = config.listen.rpartition(":")[0]
     url, route_count = f"http://{host}:{port}", len(api.routes.routes)
     targets = sorted(set(around.upstreams.targets.values()))
-    _log.info(
-        "serving",
-        host=host,
-        port=port,
-        url=url,
-        routes=route_count,
-        upstreams=targets,
-        metrics_port=metrics_port,
-    )
+    sentence = ""
     if around.signer is None:
         what = f"{route_count} route{'s' if route_count > 1 else ''} of {', '.join(api.packages)}"
         behind = ", ".join(targets)
-        _tell(f"{url} serves {what} from {behind}; the reference is at {url}{DOCS_PATH}")
+        sentence = f"{url} serves {what} from {behind}; the reference is at {url}{DOCS_PATH}"
+    return {
+        "host": host,
+        "port": port,
+        "url": url,
+        "routes": route_count,
+        "upstreams": targets,
+        "sentence": sentence,
+    }
 
 
 def _surroundings(config: EdgeConfig, process: ProcessConfig) -> Surroundings:
@@ -149,14 +197,19 @@ def _tell(sentence: object) -> None:
 def main() -> None:
     """Run, and say in one sentence why it could not."""
     try:
+        handover = Handover.of_arguments(sys.argv[1:])
         process = load(ProcessConfig, "TENFOLD_", os.environ)
         config = load(EdgeConfig, "TENFOLD_EDGE_", os.environ)
+        if config.workers > 1 and handover is None:
+            # Another program, which loads none of what serves requests.
+            command = [sys.executable, "-P", "-m", "edge.workers"]
+            os.execv(command[0], command)  # noqa: S606 - that is the point
         log.configure(process.log_level)
         with (
             suppress(asyncio.CancelledError),
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            runner.run(run(config, process))
+            runner.run(run(config, process, handover))
     except (ConfigError, ContractError, ListenError) as error:
         _tell(error)
         sys.exit(1)

@@ -46,6 +46,7 @@ from shared.telemetry.metrics import Metrics
 # What nginx logs for a client that closed before the answer; it is never sent.
 CLIENT_LEFT_STATUS = 499
 OVERLOADED_RETRY_AFTER_S = 0.5
+READY_POLL_S = 0.05
 HEALTH_PATH, READY_PATH = b"/healthz", b"/readyz"
 HEALTH_PATHS = frozenset({HEALTH_PATH, READY_PATH})
 
@@ -136,6 +137,20 @@ class EdgeApp:
         self._parts.open_streams.end_all(
             Unavailable("This edge is restarting; connect again.", retry_after_s=1)
         )
+
+    async def until_ready(self, timeout_s: float) -> None:
+        """Wait for everything that requests need, but no longer than this."""
+        until_s = time.monotonic() + timeout_s
+        while time.monotonic() < until_s:
+            if not await self._parts.readiness.missing():
+                return
+            await asyncio.sleep(READY_POLL_S)
+
+    def watch_connections(self, count: Callable[[], int]) -> None:
+        """Tell how many connections are open, at each scrape."""
+        text = "Connections that clients have open."
+        metrics = self._parts.metrics
+        metrics.watch(metrics.gauge("tenfold_http_connections", text), count)
 
     def note_refusal(self, refusal: Refusal) -> None:
         """Log and count what the HTTP server has refused before it was a request."""

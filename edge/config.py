@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from edge.board import WORKERS_MAX
 from edge.codec import CodecOptions
 from shared.quota.gcra import Quota
 from shared.quota.keys import Level
@@ -17,6 +18,10 @@ class EdgeConfig:
     listen: str = field(
         default="127.0.0.1:8080",
         metadata={"help": "host and port for REST; port 0 picks a free one"},
+    )
+    workers: int = field(
+        default=1,
+        metadata={"help": "processes that serve that address", "min": 1, "max": WORKERS_MAX},
     )
     descriptors: str = field(
         default="",
@@ -203,6 +208,7 @@ class EdgeConfig:
         return Plans({DEFAULT_PLAN: limits})
 
     def address_quota(self) -> Quota:
-        """What one address block may ask of this edge: two seconds' worth at once."""
+        """What one address block may ask of this process: two seconds' worth at once."""
         burst_points = max(1, round(2 * self.address_points_per_s))
-        return Quota("address", burst_points, 1 / self.address_points_per_s)
+        whole = Quota("address", burst_points, 1 / self.address_points_per_s)
+        return whole.share(1 / self.workers)

@@ -57,6 +57,10 @@ def _ignore(_refusal: Refusal) -> None:
     """Nobody counts refusals."""
 
 
+def _no_count(_count: int) -> None:
+    """Nobody asks how many connections there are."""
+
+
 class Server:
     """What the connections of one listening socket share.
 
@@ -64,6 +68,11 @@ class Server:
         serve: starts work on a request.
         limits: what connections may take.
         note_refusal: is told what was refused before it was a request.
+
+    Attributes:
+        connections: that are open.
+        note_count: is told how many there are when one begins or ends.
+        is_stopping: whether no more requests are taken.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class Server:
         self.note_refusal = note_refusal
         self.connections: set[Http1Connection] = set()
         self.is_stopping = False
+        self.note_count: Callable[[int], None] = _no_count
         self._all_ended: asyncio.Event | None = None
 
     def connection(self) -> "Http1Connection":
@@ -103,9 +113,15 @@ class Server:
                 async with asyncio.timeout(timeout_s):
                     await self._all_ended.wait()
 
+    def add(self, connection: "Http1Connection") -> None:
+        """A connection has begun."""
+        self.connections.add(connection)
+        self.note_count(len(self.connections))
+
     def forget(self, connection: "Http1Connection") -> None:
         """A connection has ended."""
         self.connections.discard(connection)
+        self.note_count(len(self.connections))
         if not self.connections and self._all_ended is not None:
             self._all_ended.set()
 
@@ -147,7 +163,7 @@ class Http1Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         self.address = str(peer[0]) if isinstance(peer, tuple) else ""
-        self._server.connections.add(self)
+        self._server.add(self)
         counts = self._server.limits.open_by_address
         counts[self.address] += 1
         self._parser.head_since_s = self._loop.time()

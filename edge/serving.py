@@ -1,12 +1,15 @@
 """The listening socket, and the life of what is served on it."""
 
 import asyncio
+import math
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
+from edge.accepting import Acceptor
 from edge.app import EdgeApp
+from edge.board import Turn
 from edge.config import EdgeConfig
 from edge.http1 import ConnectionLimits, Server
 from edge.http1_request import Http1Request
@@ -22,20 +25,27 @@ _log = log.get_logger("edge")
 
 
 @asynccontextmanager
-async def serving(app: EdgeApp, config: EdgeConfig, listener: socket.socket) -> AsyncIterator[int]:
+async def serving(
+    app: EdgeApp, config: EdgeConfig, listener: socket.socket, turn: Turn | None = None
+) -> AsyncIterator[int]:
     """Serve until left; gives the port.
 
     Leaving drains: no new connections, open streams end, requests in flight get
     config.drain_s.
+
+    Args:
+        app: answers.
+        config: limits and times.
+        listener: bound.
+        turn: ours among the workers that share the listener; None for the only one.
     """
-    limits = ConnectionLimits(
-        config.head_timeout_s, config.keep_alive_s, config.connections_per_address_max
-    )
+    per_address_max = math.ceil(config.connections_per_address_max / config.workers)
+    limits = ConnectionLimits(config.head_timeout_s, config.keep_alive_s, per_address_max)
     requests = _Requests(app)
     server = Server(requests.begin, limits, app.note_refusal)
-    loop = asyncio.get_running_loop()
-    acceptor = await loop.create_server(server.connection, sock=listener, backlog=BACKLOG)
+    app.watch_connections(lambda: len(server.connections))
     port: int = listener.getsockname()[1]
+    acceptor = await _accepting(server, listener, turn)
     async with asyncio.TaskGroup() as group:
         sweeper = group.create_task(_sweep(server))
         try:
@@ -49,6 +59,17 @@ async def serving(app: EdgeApp, config: EdgeConfig, listener: socket.socket) -> 
             for connection in tuple(server.connections):
                 connection.close()
             sweeper.cancel()
+
+
+async def _accepting(
+    server: Server, listener: socket.socket, turn: Turn | None
+) -> Acceptor | asyncio.AbstractServer:
+    if turn is None:
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(server.connection, sock=listener, backlog=BACKLOG)
+    acceptor = Acceptor(listener, server.connection, turn)
+    server.note_count = acceptor.note_count
+    return acceptor
 
 
 class _Requests:

@@ -1,5 +1,6 @@
 """The only place that chooses the edge's implementations."""
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -150,7 +151,9 @@ async def open_edge(
                 connect_calls=ConnectCalls(upstream, calls, limits, api.forwarding),
                 charges=Charges(store, api.prices, accounts),
                 addresses=LocalQuotaStore(around.clock),
-                limits=Limits(config.requests_max, config.address_quota()),
+                limits=Limits(
+                    math.ceil(config.requests_max / config.workers), config.address_quota()
+                ),
                 cors=Cors(config.origins, api.routes, api.forwarding),
                 readiness=_readiness(around, api, channels, authenticator),
                 open_streams=open_streams,
@@ -184,14 +187,14 @@ async def _quota_store(
     accounts: Accounts,
 ) -> QuotaStore:
     if around.signer is None:
-        return LocalQuotas(around.clock)
+        return LocalQuotas(around.clock, part=1 / config.workers)
     from edge.mesh import open_quotas
 
     opened = open_quotas(
         around.valkey_url,
         plans,
         accounts,
-        edges_min=config.edge_count,
+        edges_min=config.edge_count * config.workers,
         timeout_s=config.quota_timeout_s,
         clock=around.clock,
     )

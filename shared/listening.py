@@ -10,12 +10,13 @@ class ListenError(Exception):
     """The address cannot be listened on; the message says why, in one sentence."""
 
 
-def bind(address: str, *, setting: str) -> socket.socket:
-    """A listening socket.
+def bind(address: str, *, setting: str, listens: bool = True) -> socket.socket:
+    """A socket that listens, or is about to.
 
     Args:
         address: "127.0.0.1:8080" or "[::1]:0".
         setting: where the address came from, for the error.
+        listens: whether connections may come already; else whoever takes them says so.
 
     Raises:
         ListenError: it is no address, or it is taken.
@@ -30,7 +31,8 @@ def bind(address: str, *, setting: str) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, int(port)))
-        listener.listen(BACKLOG)
+        if listens:
+            listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)

@@ -8,11 +8,12 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -66,6 +67,7 @@ class LineWriter:
 
     def __init__(self, descriptor: int, *, lines_max: int = LINES_WAITING_MAX) -> None:
         self._descriptor = descriptor
+        self.write_bytes_max = sys.maxsize
         self._lines: deque[bytes] = deque()
         self._lines_max = lines_max
         self._wake = threading.Event()
@@ -99,12 +101,26 @@ class LineWriter:
 
     def _write_out(self) -> None:
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
-        data = memoryview(b"".join(lines))
-        while data:
-            try:
-                data = data[os.write(self._descriptor, data) :]
-            except OSError:  # a closed pipe: nobody is left to tell
-                return
+        for part in _parts(lines, self.write_bytes_max):
+            data = memoryview(part)
+            while data:
+                try:
+                    data = data[os.write(self._descriptor, data) :]
+                except OSError:  # a closed pipe: nobody is left to tell
+                    return
+
+
+def _parts(lines: list[bytes], bytes_max: int) -> Iterator[bytes]:
+    """Lines joined, as many as fit into one write."""
+    part: list[bytes] = []
+    size = 0
+    for line in lines:
+        if part and size + len(line) > bytes_max:
+            yield b"".join(part)
+            part, size = [], 0
+        part.append(line)
+        size += len(line)
+    yield b"".join(part)
 
 
 _writer: LineWriter | None = None
@@ -116,6 +132,11 @@ def writer() -> LineWriter:
     if _writer is None:
         _writer = LineWriter(sys.__stdout__.fileno() if sys.__stdout__ else 1)
     return _writer
+
+
+def share_stdout() -> None:
+    """Several processes write there: keep their lines whole (pipe(7), PIPE_BUF)."""
+    writer().write_bytes_max = select.PIPE_BUF
 
 
 def configure(level: str = "info") -> None:

@@ -6,7 +6,7 @@ Never on the address that serves the public (reliability S73): it has a port of 
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, closing, suppress
 
 from shared.listening import bind
@@ -43,12 +43,24 @@ async def open_telemetry(metrics: Metrics, listen: str) -> AsyncIterator[int]:
     if not listen:
         yield 0
         return
+    with closing(bind(listen, setting=SETTING)) as listener:
+        async with telling(metrics, {}) as render, exposing(render, listener) as port:
+            yield port
+
+
+@asynccontextmanager
+async def telling(metrics: Metrics, labels: Mapping[str, str]) -> AsyncIterator[Render]:
+    """Measure the loop while open; gives what makes the text of all that the process tells.
+
+    Args:
+        metrics: what the process counts.
+        labels: that every sample carries.
+    """
     # A library that costs a process its start is loaded only where it is used.
     from shared.telemetry.exposition import Exposition
 
-    with closing(bind(listen, setting=SETTING)) as listener, measuring_loop_lag(metrics):
-        async with exposing(Exposition(metrics).render, listener) as port:
-            yield port
+    with measuring_loop_lag(metrics):
+        yield Exposition(metrics, labels).render
 
 
 @asynccontextmanager

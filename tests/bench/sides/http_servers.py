@@ -43,6 +43,9 @@ class EdgeApp:
     def drain(self) -> None:
         """Nothing is open."""
 
+    def watch_connections(self, _count: Any) -> None:
+        """As note_refusal."""
+
     def note_refusal(self, _refusal: Any) -> None:
         """Nothing is counted."""
 
