@@ -29,7 +29,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("suite")
 
-DatabasesOf = Callable[[str, Path], AbstractAsyncContextManager[str]]
+DatabasesOf = Callable[..., AbstractAsyncContextManager[str]]
 StartMesh = Callable[..., AbstractContextManager[Mesh]]
 
 
@@ -104,12 +104,16 @@ def databases_of(postgres_server: PostgresServer) -> DatabasesOf:
     """Opens what TENFOLD_<SERVICE>_DATABASE names on an engine: "" for SQLite."""
 
     @asynccontextmanager
-    async def open_databases(engine: str, migrations: Path) -> AsyncIterator[str]:
+    async def open_databases(
+        engine: str, migrations: Path, shard_count: int = 4
+    ) -> AsyncIterator[str]:
         if engine == "sqlite":
             yield ""
             return
         service = migrations.parent.name
-        async with postgres_server.shards(4, migrations=migrations, service=service) as databases:
+        async with postgres_server.shards(
+            shard_count, migrations=migrations, service=service
+        ) as databases:
             yield databases
 
     return open_databases

@@ -51,7 +51,8 @@ from shared.errors import (
 # Per process and shard. Apart, so that a transaction that reads never waits for its own kind.
 WRITERS_MAX = 4
 READERS_MAX = 4
-UNDO_S_MAX = 1.0
+# Short: a caller whose time is over waits for this, too.
+UNDO_S_MAX = 0.1
 RESOLVE_S_MAX = 5.0
 # How long a call follows a bucket that is on its way before it says so (spec/data.md §4).
 FOLLOW_S_MAX = 2.0
@@ -660,7 +661,7 @@ async def _close_all(shards: Sequence[PostgresShard]) -> None:
 
 async def _undo(connection: Connection) -> None:
     """Roll back what is open; a connection that cannot even do that is closed."""
-    if connection.raw.is_closed() or not connection.raw.is_in_transaction():
+    if connection.is_usable or connection.raw.is_closed():
         return
     try:
         async with asyncio.timeout(UNDO_S_MAX):

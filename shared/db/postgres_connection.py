@@ -8,8 +8,8 @@ transaction; a connection that met a protocol error is closed, never used again.
 import asyncio
 import math
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -82,37 +82,46 @@ class Connection:
         self.backend = backend
         self.dies_at_s = math.inf
         self._tenants = tenants
+        self._is_in_doubt = False
 
     @property
     def is_usable(self) -> bool:
-        """Whether it is open and outside any transaction."""
-        return not self.raw.is_closed() and not self.raw.is_in_transaction()
+        """Whether it is open and surely outside any transaction."""
+        return not (self._is_in_doubt or self.raw.is_closed() or self.raw.is_in_transaction())
 
     async def run(self, sql: str) -> None:
         """Run statements of our own without arguments, in one round trip."""
-        try:
+        with self._watched():
             await self.raw.execute(sql)
-        except ERRORS as error:
-            raise translate(error) from error
+        self._is_in_doubt = False
 
     async def fetch(self, sql: str, arguments: Sequence[object]) -> list[dict[str, Any]]:
         """Every row of a statement."""
         self._tenants.require(sql)
-        try:
+        with self._watched():
             records = await self.raw.fetch(to_postgres(sql), *arguments)
-        except ERRORS as error:
-            raise translate(error) from error
         return [dict(record) for record in records]
 
     async def execute(self, sql: str, arguments: Sequence[object]) -> int:
         """The number of rows that the statement changed."""
         self._tenants.require(sql)
-        try:
+        with self._watched():
             tag: str = await self.raw.execute(to_postgres(sql), *arguments)
-        except ERRORS as error:
-            raise translate(error) from error
         count = tag.rpartition(" ")[2]  # "INSERT 0 3", "UPDATE 3", "CREATE TABLE"
         return int(count) if count.isdigit() else 0
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except asyncpg.PostgresError as error:
+            raise translate(error) from error  # the server has answered
+        except BaseException as error:
+            # Given up while the server was at it: what it does next is not known here.
+            self._is_in_doubt = True
+            if isinstance(error, ERRORS):
+                raise translate(error) from error
+            raise
 
     def terminate(self) -> None:
         """Close the socket now; the server rolls back what was open."""
@@ -133,12 +142,22 @@ async def open_connection(server: Server, tenants: TenantCheck) -> Connection:
     """
     try:
         raw = await connect(server)
-        row = await raw.fetchrow(_WHO)
+        with _closing_on_failure(raw):
+            row = await raw.fetchrow(_WHO)
     except ERRORS as error:
         raise Unavailable(
             f"{server.name} cannot be reached", retry_after_s=RETRY_AFTER_S
         ) from error
     return Connection(raw, tenants, Backend(row["pid"], row["started"]))
+
+
+@contextmanager
+def _closing_on_failure(raw: Any) -> Iterator[None]:  # noqa: ANN401 - asyncpg is untyped
+    try:
+        yield
+    except BaseException:
+        raw.terminate()
+        raise
 
 
 _WHO = "SELECT pid, backend_start AS started FROM pg_stat_activity WHERE pid = pg_backend_pid()"
@@ -159,18 +178,19 @@ async def connect(server: Server) -> Any:  # noqa: ANN401 - asyncpg is untyped
             "idle_in_transaction_session_timeout": _milliseconds(limits.TURN_S_MAX + GRACE_S),
         },
     )
-    _keep_alive(raw)
-    await raw.set_type_codec(
-        "uuid",
-        schema="pg_catalog",
-        encoder=lambda value: value.bytes,
-        decoder=lambda content: UUID(bytes=content),
-        format="binary",
-    )
-    # A sum of bigints is a numeric; the shared subset knows no fractions.
-    await raw.set_type_codec(
-        "numeric", schema="pg_catalog", encoder=str, decoder=int, format="text"
-    )
+    with _closing_on_failure(raw):
+        _keep_alive(raw)
+        await raw.set_type_codec(
+            "uuid",
+            schema="pg_catalog",
+            encoder=lambda value: value.bytes,
+            decoder=lambda content: UUID(bytes=content),
+            format="binary",
+        )
+        # A sum of bigints is a numeric; the shared subset knows no fractions.
+        await raw.set_type_codec(
+            "numeric", schema="pg_catalog", encoder=str, decoder=int, format="text"
+        )
     return raw
 
 

@@ -12,10 +12,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from shared import deadline
-from shared.db.limits import RETRY_AFTER_S
+from shared.db.limits import CLOSE_S_MAX, RETRY_AFTER_S
 from shared.db.postgres_connection import Connection, Server, open_connection
 from shared.db.tenancy import TenantCheck
-from shared.errors import DeadlineExceeded, Overloaded, TenfoldError, Unavailable
+from shared.errors import DeadlineExceeded, Overloaded, Unavailable
 
 WAITING_MAX = 1024
 # A caller without a deadline of its own is told to come back after this.
@@ -41,6 +41,7 @@ class Pool:
     size_max: int
     _idle: list[Connection] = field(default_factory=list)
     _lent: set[Connection] = field(default_factory=set)
+    _opening: "set[asyncio.Task[Connection]]" = field(default_factory=set)
     _waiting: int = 0
     _refused_until_s: float = 0.0
     _is_closed: bool = False
@@ -77,11 +78,7 @@ class Pool:
             await self._wait_for_slot()
         else:
             await self._slots.acquire()  # at once: a timer would cost more than it
-        try:
-            connection = self._take_idle() or await self._connect()
-        except BaseException:
-            self._slots.release()
-            raise
+        connection = self._take_idle() or await self._connect()
         self._lent.add(connection)
         return connection
 
@@ -119,20 +116,38 @@ class Pool:
         return None
 
     async def _connect(self) -> Connection:
+        """Open a connection for a slot that has been taken; gives the slot back on failure."""
         if time.monotonic() < self._refused_until_s:
+            self._slots.release()
             raise Unavailable(f"{self.server.name} cannot be reached", retry_after_s=RETRY_AFTER_S)
+        # A task of its own: asyncpg leaves things behind when it is cancelled while connecting.
+        opening = asyncio.create_task(open_connection(self.server, self.tenants))
+        self._opening.add(opening)
+        limit = asyncio.timeout(deadline.remaining_s())
         try:
-            async with asyncio.timeout(deadline.timeout_s(WAIT_S_MAX)):
-                connection = await open_connection(self.server, self.tenants)
-        except (TenfoldError, TimeoutError) as error:
-            pause_s = random.uniform(PAUSE_S_MIN, PAUSE_S_MAX)  # noqa: S311 - jitter, no secret
-            self._refused_until_s = time.monotonic() + pause_s
-            if isinstance(error, TimeoutError):
+            async with limit:
+                connection = await asyncio.shield(opening)
+        except BaseException as error:
+            opening.add_done_callback(self._adopt)
+            if limit.expired() and isinstance(error, TimeoutError):
                 raise DeadlineExceeded("the time was spent connecting to the database") from None
             raise
-        age_s = AGE_S_MAX * random.uniform(0.8, 1.2)  # noqa: S311 - jitter, no secret
-        connection.dies_at_s = time.monotonic() + age_s
+        self._opening.discard(opening)
+        connection.dies_at_s = _end_of_life_s()
         return connection
+
+    def _adopt(self, opening: "asyncio.Task[Connection]") -> None:
+        """Keep what was opened for a caller that has left; it is the next one's."""
+        self._opening.discard(opening)
+        self._slots.release()
+        if opening.cancelled() or opening.exception() is not None:
+            pause_s = random.uniform(PAUSE_S_MIN, PAUSE_S_MAX)  # noqa: S311 - jitter, no secret
+            self._refused_until_s = time.monotonic() + pause_s
+        elif self._is_closed:
+            opening.result().terminate()
+        else:
+            opening.result().dies_at_s = _end_of_life_s()
+            self._idle.append(opening.result())
 
     def expire(self) -> None:
         """Close what is idle: the server behind it has gone or changed its role."""
@@ -142,7 +157,16 @@ class Pool:
     async def close(self) -> None:
         """Close every connection; safe to repeat."""
         self._is_closed = True
+        if self._opening:
+            await asyncio.wait(self._opening, timeout=CLOSE_S_MAX)
+        for opening in self._opening:
+            opening.cancel()
         while self._idle:
             await self._idle.pop().close()
         for connection in self._lent:
             connection.terminate()
+
+
+def _end_of_life_s() -> float:
+    age_s = AGE_S_MAX * random.uniform(0.8, 1.2)  # noqa: S311 - jitter, no secret
+    return time.monotonic() + age_s
