@@ -17,6 +17,7 @@ from edge.openapi import openapi_document
 from edge.reachable import require_reachable
 from edge.routes import RouteTable
 from edge.shapes import shape_of
+from edge.slots import SlotLimit
 from edge.transcode import plan_of
 
 # How many packages a title names.
@@ -92,7 +93,11 @@ class Api:
         )
         documents = _documents(openapi, title)
         require_reachable(routes, {*documents, *HEALTH_PATHS})
-        prices = prices_of(routes.all_routes)
+        prices = prices_of(
+            routes.all_routes,
+            streams=SlotLimit("streams", config.streams_per_caller_max),
+            uploads=SlotLimit("uploads", config.uploads_per_caller_max),
+        )
         return cls(methods, routes, prices, forwarding, documents)
 
     @property

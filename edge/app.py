@@ -29,6 +29,7 @@ from edge.refusals import (
     MethodNotAllowed,
 )
 from edge.routes import Match, RouteTable
+from edge.slots import Slots
 from edge.streams import OpenStreams
 from edge.upstream import Upstream
 from shared import log
@@ -106,6 +107,7 @@ class Parts:
     calls: Calls
     connect_calls: ConnectCalls
     charges: Charges
+    slots: Slots
     addresses: LocalQuotaStore
     limits: Limits
     cors: Cors
@@ -360,9 +362,14 @@ class EdgeApp:
             raise charging.refuse(charge)
 
     async def _call(self, exchange: Exchange) -> None:
-        parts = self._parts
+        parts, charge = self._parts, exchange.charge
         calls = parts.connect_calls if exchange.call.is_connect else parts.calls
-        await calls.make(exchange)
+        slot = charge.price.slot if charge is not None else None
+        if charge is None or slot is None:
+            await calls.make(exchange)
+            return
+        async with parts.slots.taken(slot, charge.account.own.key):
+            await calls.make(exchange)
 
 
 def _text(cache_control: bytes) -> HeaderList:

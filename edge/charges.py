@@ -9,7 +9,7 @@ there the refused calls are the ones to be slowed down.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import random
 
 from edge.accounts import Account, Accounts
@@ -17,6 +17,7 @@ from edge.contracts import ContractError
 from edge.quota_store import QuotaStore, Verdict
 from edge.refusals import CAPACITY_REDUCED
 from edge.routes import Route
+from edge.slots import SlotLimit
 from shared.errors import (
     DeadlineExceeded,
     Internal,
@@ -48,6 +49,7 @@ class Price:
             the store is away.
         keeps_refusals: the method is strict: what a refused credential cost is kept.
         is_by_address: paid by the address block, not the credential.
+        slot: how many such calls may be open at once; None for those that end by themselves.
     """
 
     bucket: str
@@ -55,6 +57,7 @@ class Price:
     is_strict: bool
     keeps_refusals: bool
     is_by_address: bool
+    slot: SlotLimit | None = None
 
 
 @dataclass(slots=True)
@@ -82,7 +85,10 @@ class Charge:
             limit = account.limit(self.store.now_us(), self.refund_points, verdict.part)
         else:
             limit = self._used_up()
-        headers = [(b"ratelimit-policy", account.policy), (b"ratelimit", limit)]
+        slot, policy = self.price.slot, account.policy
+        if slot is not None:
+            policy = b"%b, %b" % (policy, slot.policy)
+        headers = [(b"ratelimit-policy", policy), (b"ratelimit", limit)]
         if verdict.is_local:
             headers.append((b"tenfold-quota-mode", b"local"))
         return headers
@@ -155,7 +161,8 @@ def refuse(charge: Charge) -> TenfoldError:
     wait_s = verdict.retry_after_s
     if any(bucket.level in _SHARED for bucket in buckets):
         wait_s *= 1 + JITTER_PART * random()  # noqa: S311 - no secret
-    if verdict.part < 1 or all(bucket.level is Level.GLOBAL for bucket in buckets):
+    is_short = verdict.is_local and verdict.part < 1
+    if is_short or all(bucket.level is Level.GLOBAL for bucket in buckets):
         message = "There is less capacity than usual; the quota that is left is used up."
         return Overloaded(message, metadata=metadata, retry_after_s=wait_s, reason=CAPACITY_REDUCED)
     metadata["subject"] = ",".join(bucket.level for bucket in buckets)
@@ -177,16 +184,25 @@ def note_replay(charge: Charge) -> None:
     charge.refund_points = max(0, charge.price.cost_points - REFUSED_COST_POINTS)
 
 
-def prices_of(routes: Iterable[Route]) -> dict[str, Price]:
+def prices_of(
+    routes: Iterable[Route], *, streams: SlotLimit, uploads: SlotLimit
+) -> dict[str, Price]:
     """What each method costs, by RPC path.
 
     Args:
         routes: whose contracts name the buckets.
+        streams: what one caller may have open of them.
+        uploads: likewise.
     """
     routes = tuple(routes)
     options = [route.method.options.quota for route in routes]
     strict = {option.bucket or DEFAULT_BUCKET for option in options if option.strict}
-    return {route.method.full_name: _price(route, strict) for route in routes}
+    return {
+        route.method.full_name: replace(
+            _price(route, strict), slot={"stream": streams, "upload": uploads}.get(_kind_of(route))
+        )
+        for route in routes
+    }
 
 
 def require_payable(prices: Mapping[str, Price], plans: Plans) -> None:
@@ -221,6 +237,18 @@ def _price(route: Route, strict: set[str]) -> Price:
         keeps_refusals=quota.strict,
         is_by_address=route.method.policy.access is Access.PUBLIC,
     )
+
+
+def _kind_of(route: Route) -> str:
+    """Whether a call stays open: "stream", "upload", or "" for one that ends by itself."""
+    method = route.method
+    if route.raw is not None:
+        return {"POST": "upload", "PATCH": "upload", "PUT": "upload", "GET": "stream"}.get(
+            route.http_method, ""
+        )
+    if method.server_streaming:
+        return "stream"
+    return "upload" if method.client_streaming else ""
 
 
 _SHARED = (Level.TENANT, Level.GLOBAL)

@@ -128,7 +128,10 @@ class EdgeConfig:
         default=2048, metadata={"help": "open connections from one address", "min": 1}
     )
     streams_per_caller_max: int = field(
-        default=100, metadata={"help": "open streams of one caller", "min": 1}
+        default=100, metadata={"help": "open streams of one caller, over all edges", "min": 1}
+    )
+    uploads_per_caller_max: int = field(
+        default=20, metadata={"help": "open uploads of one caller, over all edges", "min": 1}
     )
     heartbeat_s: float = field(
         default=15.0, metadata={"help": "longest silence in a stream", "unit": "s", "min": 0.1}

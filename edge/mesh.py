@@ -14,6 +14,7 @@ from edge.auth import ApiKeys, Authenticator, SigningKeys, has_valid_checksum
 from edge.auth_client import EndingRevocations, RpcAuthClient
 from edge.live_plans import LivePlans
 from edge.quota_valkey import ValkeyQuotas, open_valkey
+from edge.slots_valkey import ValkeySlots
 from edge.streams import OpenStreams
 from edge.valkey import ValkeyConnection, ValkeyError
 from shared.clock import Clock
@@ -39,12 +40,15 @@ async def open_quotas(
     edges_min: int,
     timeout_s: float,
     clock: Clock,
-) -> AsyncIterator[ValkeyQuotas]:
-    """Quotas of all edges, in Valkey; it keeps up with plans, resets and other edges while open."""
+) -> AsyncIterator[tuple[ValkeyQuotas, ValkeySlots]]:
+    """Quotas and slots of all edges, in Valkey; they keep up with plans and other edges."""
     async with open_valkey(valkey_url, timeout_s=timeout_s) as client:
-        quotas = ValkeyQuotas(client, clock, edge=token_hex(8), edges_min=edges_min)
-        async with _running(partial(_keep_up, quotas, plans, accounts, client)):
-            yield quotas
+        name = token_hex(8)
+        quotas = ValkeyQuotas(client, clock, edge=name, edges_min=edges_min)
+        slots = ValkeySlots(client, clock, edge=name)
+        keep_slots = partial(_keep_slots, slots, quotas)
+        async with _running(partial(_keep_up, quotas, plans, accounts, client), keep_slots):
+            yield quotas, slots
         await quotas.close()
 
 
@@ -64,6 +68,13 @@ async def _keep_up(
                 kept_s = str(EFFECTIVE_KEPT_S)
                 await client.execute("SET", EFFECTIVE_KEY, plans.as_json(), "EX", kept_s)
         await asyncio.sleep(PROBE_S if quotas.is_away else BEAT_S)
+
+
+async def _keep_slots(slots: ValkeySlots, quotas: ValkeyQuotas) -> None:
+    while True:
+        slots.edge_count = quotas.edge_count
+        await slots.renew_if_due()
+        await asyncio.sleep(BEAT_S)
 
 
 def _texts(flat: list[bytes]) -> dict[str, str]:

@@ -66,6 +66,11 @@ class ValkeyConnection:
             wire = await self._connected()
         return await wire.send(command)
 
+    def post(self, command: bytes) -> None:
+        """Send a command whose answer, and whether it is carried out at all, does not matter."""
+        if self._wire is not None and not self._wire.is_closed:
+            self._wire.post(command)
+
     def close(self) -> None:
         """Close for good; what waits for an answer fails, and so does what is asked later."""
         self._is_closed = True
@@ -126,9 +131,17 @@ class _Wire(asyncio.Protocol):
         self._late: asyncio.Future[Any] | None = None
         self.is_closed = False
 
+    def post(self, command: bytes) -> None:
+        if len(self._pending) < PENDING_MAX:
+            # Whatever becomes of it is looked at here, or it would be told as forgotten.
+            self._sent(command).add_done_callback(lambda answer: answer.exception())
+
     async def send(self, command: bytes) -> Any:  # noqa: ANN401 - whatever RESP holds
         if self.is_closed or len(self._pending) >= PENDING_MAX:
             raise ValkeyError("the connection is gone, or too much waits on it")
+        return await self._sent(command)
+
+    def _sent(self, command: bytes) -> "asyncio.Future[Any]":
         answer: asyncio.Future[Any] = self._loop.create_future()
         self._pending.append((answer, self._loop.time() + self._timeout_s))
         if not self._unwritten:
@@ -136,7 +149,7 @@ class _Wire(asyncio.Protocol):
         self._unwritten.append(command)
         if self._watch is None:
             self._watch = self._loop.call_later(self._timeout_s, self._end_if_late)
-        return await answer
+        return answer
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""

@@ -23,6 +23,7 @@ from edge.health import Readiness
 from edge.live_plans import LivePlans
 from edge.problem import problem_of
 from edge.quota_store import LocalQuotas, LocalQuotaStore, QuotaStore
+from edge.slots import LocalSlots, Slots, SlotStore
 from edge.streams import OpenStreams
 from edge.upstream import Upstream
 from shared import log
@@ -124,7 +125,7 @@ async def open_edge(
         plans = live_plans(config, around, api)
         accounts = Accounts(plans.limit)
         plans.on_change = accounts.forget
-        store = await _quota_store(stack, config, around, plans, accounts)
+        store, slots = await _quota_stores(stack, config, around, plans, accounts)
         authenticator = await _authenticator(stack, config, around, channels, open_streams)
         guards = Guards(
             channels,
@@ -150,6 +151,7 @@ async def open_edge(
                 calls=calls,
                 connect_calls=ConnectCalls(upstream, calls, limits, api.forwarding),
                 charges=Charges(store, api.prices, accounts),
+                slots=Slots(slots),
                 addresses=LocalQuotaStore(around.clock),
                 limits=Limits(
                     math.ceil(config.requests_max / config.workers), config.address_quota()
@@ -179,15 +181,16 @@ def live_plans(config: EdgeConfig, around: Surroundings, api: Api) -> LivePlans:
     return plans
 
 
-async def _quota_store(
+async def _quota_stores(
     stack: AsyncExitStack,
     config: EdgeConfig,
     around: Surroundings,
     plans: LivePlans,
     accounts: Accounts,
-) -> QuotaStore:
+) -> tuple[QuotaStore, SlotStore]:
     if around.signer is None:
-        return LocalQuotas(around.clock, part=1 / config.workers)
+        part = 1 / config.workers
+        return LocalQuotas(around.clock, part=part), LocalSlots(part=part)
     from edge.mesh import open_quotas
 
     opened = open_quotas(
@@ -198,14 +201,14 @@ async def _quota_store(
         timeout_s=config.quota_timeout_s,
         clock=around.clock,
     )
-    quotas = await stack.enter_async_context(opened)
+    quotas, slots = await stack.enter_async_context(opened)
     away = around.metrics.gauge(
         "tenfold_quota_store_away", "Whether this edge decides alone: Valkey does not answer."
     )
     edges = around.metrics.gauge("tenfold_quota_edges", "How many edges share each bucket.")
     around.metrics.watch(away, lambda: quotas.is_away)
     around.metrics.watch(edges, lambda: quotas.edge_count)
-    return quotas
+    return quotas, slots
 
 
 async def _authenticator(
