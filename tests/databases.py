@@ -69,6 +69,12 @@ class PostgresServer:
         await ensure_databases(self.site, self.address, names)
         return [self.dsn(name) for name in names]
 
+    async def drop_databases(self, dsns: Collection[str]) -> None:
+        """What make_databases made."""
+        async with self.admin() as admin:
+            for dsn in dsns:
+                await admin.execute(f"DROP DATABASE {dsn.rpartition('/')[2]} WITH (FORCE)")
+
     @asynccontextmanager
     async def shards(self, count: int, *, migrations: Path, service: str) -> AsyncIterator[str]:
         """Migrated databases without a row for one service, as its setting names them.
