@@ -209,6 +209,13 @@ def edge(
             "your contracts use Tenfold's options.",
         ),
     ] = False,
+    allow_breaking: Annotated[
+        bool,
+        typer.Option(
+            "--allow-breaking",
+            help="Serve changed contracts, too, that break clients of the ones before.",
+        ),
+    ] = False,
     upstream_tls: Annotated[
         bool, typer.Option("--upstream-tls", help="Reach the server over TLS.")
     ] = False,
@@ -241,6 +248,7 @@ def edge(
         "TENFOLD_EDGE_DESCRIPTORS": str(descriptors.absolute()) if descriptors else "",
         "TENFOLD_EDGE_REFLECT": str(reflect),
         "TENFOLD_EDGE_ALLOW_ANONYMOUS": str(allow_anonymous),
+        "TENFOLD_EDGE_RELOAD_BREAKING": str(allow_breaking),
         "TENFOLD_EDGE_UPSTREAM_TLS": str(upstream_tls),
         "TENFOLD_EDGE_UPSTREAM_CA": str(ca.absolute()) if ca else "",
         # With identities it would be the edge of a mesh.

@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,10 @@ async def _serve_alone(
     with closing(bind(config.listen, setting="TENFOLD_EDGE_LISTEN")) as listener:
         async with (
             open_telemetry(around.metrics, metrics_listen) as metrics_port,
-            open_edge(config, around, api) as app,
+            open_edge(config, around, api, tell=_tell) as app,
             serving(app, config, listener) as port,
         ):
+            stop.on_hangup = app.ask_reload
             where = _where(config, around, api, port)
             sentence = where.pop("sentence")
             _log.info("serving", **where, metrics_port=metrics_port)
@@ -89,27 +91,34 @@ async def _serve_among_workers(
     async with (
         telling(around.metrics, {"worker": worker}) as render,
         talking(handover.control, render, on_gone=stop.ask) as parent,
-        open_edge(config, around, api) as app,
+        open_edge(config, around, api, tell=_tell if worker == "0" else _log.info) as app,
         AsyncExitStack() as stack,
     ):
         if handover.others_serve:
             await app.until_ready(READY_WAIT_S)
         opened = serving(app, config, handover.listener, handover.turn)
         port = await stack.enter_async_context(opened)
+        stop.on_hangup = app.ask_reload
         parent.say_serving(_where(config, around, api, port))
         await stop.asked()
         _log.info("draining", worker=handover.turn.worker)
 
 
 class _Stop:
-    """SIGTERM and SIGINT: the first asks a serving process to drain; any other ends it."""
+    """SIGTERM and SIGINT: the first asks a serving process to drain; any other ends it.
+
+    Attributes:
+        on_hangup: what SIGHUP does; nothing before contracts are served, for they are being read.
+    """
 
     def __init__(self) -> None:
+        self.on_hangup: Callable[[], None] = lambda: None
         self._asked: asyncio.Event | None = None
         self._task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
 
     async def asked(self) -> None:
         """Return when the process shall drain."""
@@ -120,6 +129,9 @@ class _Stop:
         """What the first signal does; without effect after it."""
         if self._asked is None or not self._asked.is_set():
             self._on_signal()
+
+    def _on_hangup(self) -> None:
+        self.on_hangup()
 
     def _on_signal(self) -> None:
         if self._asked is not None and not self._asked.is_set():

@@ -2,10 +2,10 @@
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 
 from google.protobuf.message import Message
 
+from edge.compiled import compiled
 from edge.contracts import ContractError
 from edge.etags import Condition, ETags, etags_of, tag_of_etag
 from edge.fields import AnyMessage, descriptor_of
@@ -99,7 +99,7 @@ class Answers:
         return [(b"location", path.encode()) for path in paths if path][:1]
 
 
-@lru_cache(maxsize=_ROUTES_MAX)
+@compiled(_ROUTES_MAX)
 def answers_of(route: Route) -> Answers:
     """How a route answers; call it for each route at start.
 

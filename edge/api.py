@@ -35,6 +35,7 @@ class Api:
         prices: what each costs, by RPC path.
         forwarding: which headers cross with each.
         documents: by path: the OpenAPI document, the reference and its files.
+        digest: of the contracts, see edge.sources.
     """
 
     methods: tuple[MethodInfo, ...]
@@ -42,6 +43,7 @@ class Api:
     prices: Mapping[str, Price]
     forwarding: Forwarding
     documents: Mapping[bytes, Document]
+    digest: str = ""
 
     @classmethod
     def of(
@@ -71,11 +73,7 @@ class Api:
         routes = RouteTable.of_contracts(
             contracts, methods, serves_connect=config.connect, json=config.json
         )
-        for route in routes.all_routes:  # compiled now, so that no request pays
-            plan_of(route)
-            shape_of(route)
-        for route in routes.routes:
-            answers_of(route)
+        compile_routes(routes)
         forwarding = Forwarding(
             methods,
             request_headers=config.request_headers,
@@ -104,6 +102,15 @@ class Api:
     def packages(self) -> tuple[str, ...]:
         """The packages of what its paths call, in order."""
         return _packages(route.method for route in self.routes.all_routes)
+
+
+def compile_routes(routes: RouteTable) -> None:
+    """Compile all that requests will need, so that none of them pays."""
+    for route in routes.all_routes:
+        plan_of(route)
+        shape_of(route)
+    for route in routes.routes:
+        answers_of(route)
 
 
 def own_api(contracts: Contracts, methods: Iterable[MethodInfo], config: EdgeConfig) -> Api:

@@ -5,8 +5,9 @@ No step knows a service. What a method needs is in its contract.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from edge import charges as charging
 from edge.auth import Authenticator, authorize
@@ -121,22 +122,36 @@ class Parts:
 
 
 class EdgeApp:
-    """Answers requests."""
+    """Answers requests, each with the parts that were in force when it came.
+
+    Args:
+        parts: what it begins with.
+
+    Attributes:
+        ask_reload: asks for a look at the contracts; set by whoever keeps them up to date.
+    """
 
     def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._in_flight = 0
-        self._is_draining = False
-        self.measures = Measures(parts.metrics, self._is_own)
+        self._traffic = _Traffic()
+        self._steps = _Steps(parts, self._traffic)
+        self.ask_reload: Callable[[], None] = lambda: None
         active = parts.metrics.gauge(
             "http_server_active_requests", "Requests in flight, streams included."
         )
-        parts.metrics.watch(active, lambda: self._in_flight)
+        parts.metrics.watch(active, lambda: self._traffic.in_flight)
+
+    def serve(self, request: Http1Request) -> Coroutine[Any, Any, None]:
+        """Answer one request."""
+        return self._steps.serve(request)
+
+    def change(self, parts: Parts) -> None:
+        """Answer with these parts from now on; requests in flight keep theirs."""
+        self._steps = _Steps(parts, self._traffic)
 
     def drain(self) -> None:
         """Say "not ready" from now on, and end open streams; requests in flight go on."""
-        self._is_draining = True
-        self._parts.open_streams.end_all(
+        self._traffic.is_draining = True
+        self._steps.parts.open_streams.end_all(
             Unavailable("This edge is restarting; connect again.", retry_after_s=1)
         )
 
@@ -144,19 +159,19 @@ class EdgeApp:
         """Wait for everything that requests need, but no longer than this."""
         until_s = time.monotonic() + timeout_s
         while time.monotonic() < until_s:
-            if not await self._parts.readiness.missing():
+            if not await self._steps.parts.readiness.missing():
                 return
             await asyncio.sleep(READY_POLL_S)
 
     def watch_connections(self, count: Callable[[], int]) -> None:
         """Tell how many connections are open, at each scrape."""
         text = "Connections that clients have open."
-        metrics = self._parts.metrics
+        metrics = self._steps.parts.metrics
         metrics.watch(metrics.gauge("tenfold_http_connections", text), count)
 
     def note_refusal(self, refusal: Refusal) -> None:
         """Log and count what the HTTP server has refused before it was a request."""
-        self.measures.note_refusal(refusal.reason, refusal.status)
+        self._steps.measures.note_refusal(refusal.reason, refusal.status)
         if log.writes_requests():
             log.write_request_line(
                 {
@@ -170,15 +185,32 @@ class EdgeApp:
                 }
             )
 
+
+@dataclass
+class _Traffic:
+    """What is the same whatever the parts are."""
+
+    in_flight: int = 0
+    is_draining: bool = False
+
+
+class _Steps:
+    """The steps of a request, with one set of parts."""
+
+    def __init__(self, parts: Parts, traffic: _Traffic) -> None:
+        self._parts = self.parts = parts
+        self._traffic = traffic
+        self.measures = Measures(parts.metrics, self._is_own)
+
     async def serve(self, request: Http1Request) -> None:
         """Answer one request."""
         exchange = Exchange.of(request, trusted_hops=self._parts.trusted_hops)
         log.set_request_id(exchange.request_id)
-        self._in_flight += 1
+        self._traffic.in_flight += 1
         try:
             await self._serve(exchange)
         finally:
-            self._in_flight -= 1
+            self._traffic.in_flight -= 1
             self.measures.note_end(exchange)
             if log.writes_requests():
                 _write_line(exchange)
@@ -243,7 +275,7 @@ class EdgeApp:
     # The steps, in their order
     def _admit(self, exchange: Exchange) -> None:
         """Refuse what is too much before anything is spent on it."""
-        if self._in_flight > self._parts.limits.requests_max:
+        if self._traffic.in_flight > self._parts.limits.requests_max:
             raise Overloaded("The edge is full.", retry_after_s=OVERLOADED_RETRY_AFTER_S)
         block, quota = address_block(exchange.address), self._parts.limits.address
         wait_s = self._parts.addresses.wait_s(block, quota)
@@ -271,7 +303,7 @@ class EdgeApp:
             await exchange.respond(200, document.headers, document.body)
 
     async def _serve_readiness(self, exchange: Exchange) -> None:
-        missing = ["edge (draining)"] if self._is_draining else []
+        missing = ["edge (draining)"] if self._traffic.is_draining else []
         missing += await self._parts.readiness.missing()
         if not missing:
             await exchange.respond(200, _text(b"no-store"), b"ready\n")

@@ -13,7 +13,7 @@ are read and written under "[their.full.name]".
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import orjson
@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError, EncodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from edge import straight_line, well_known
+from edge.compiled import compiled
 from edge.contracts import ContractError
 from edge.fields import (
     AnyMessage,
@@ -497,7 +498,7 @@ class JsonReader(NamedTuple):
         return document
 
 
-@lru_cache(maxsize=16)
+@compiled(16)
 def codecs_of(pool: DescriptorPool, options: CodecOptions | None = None) -> Codecs:
     """The codecs of a pool, shared by its routes."""
     return Codecs(pool, options)

@@ -22,12 +22,16 @@ METHOD_CALLS = 4
 # Slow is more than twice the usual time and this: a loop that is busy, or a turn that was lost,
 # costs so much without any overload.
 SLOW_FACTOR, SLACK_S = 2.0, 0.05
-# A single call counts for no more than so many times what is slow.
+# In the mean from which the usual time is learnt, a single call counts for no more than so many
+# times what is slow.
 CLIP_FACTOR = 4.0
 # With so few calls at once, what they take is the usual time, also if it is more than before.
 QUIET_CALLS = 4
+# A burst makes a queue that is gone in a moment; only one that stays is a reason to refuse
+# (the idea of CoDel, RFC 8289 §3).
+STANDING_S = 2.0
 # The least and the most that the limit falls in a window.
-FALL_MIN, FALL_MAX = 0.9, 0.25
+FALL_MIN, FALL_MAX = 0.9, 1 / 16
 # How far the usual time goes to that of a window: a shorter one, a longer one of few calls, and
 # one of a limit at its floor.
 LEARN_DOWN, LEARN_UP, LEARN_AT_FLOOR = 0.5, 0.25, 0.5
@@ -41,16 +45,32 @@ class Pace:
         slow_s: more than this is slow.
     """
 
-    __slots__ = ("calls", "clip_s", "slow_s", "took_s", "usual_s")
+    __slots__ = ("calls", "clip_s", "slow_calls", "slow_s", "slow_took_s", "took_s", "usual_s")
 
     def __init__(self) -> None:
         self.usual_s = self.slow_s = self.clip_s = math.inf
-        self.calls, self.took_s = 0, 0.0  # in this window
+        # In this window: all calls, and the slow ones.
+        self.calls, self.took_s = 0, 0.0
+        self.slow_calls, self.slow_took_s = 0, 0.0
+
+    def note(self, took_s: float) -> None:
+        """A call has ended."""
+        self.calls += 1
+        if took_s > self.slow_s:
+            self.slow_calls += 1
+            self.slow_took_s += took_s
+            took_s = min(took_s, self.clip_s)
+        self.took_s += took_s
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether most calls of this window were."""
+        return 2 * self.slow_calls > self.calls
 
     @property
     def ratio(self) -> float:
-        """What calls took in this window, over what is slow; above 1 they were."""
-        return self.took_s / self.calls / self.slow_s
+        """What slow calls took in this window, over what is slow."""
+        return self.slow_took_s / self.slow_calls / self.slow_s
 
     def learn(self, usual_s: float) -> None:
         """Take this for the usual time."""
@@ -72,6 +92,7 @@ class Pace:
         elif is_quiet:
             self.approach(LEARN_UP)
         self.calls, self.took_s = 0, 0.0
+        self.slow_calls, self.slow_took_s = 0, 0.0
 
 
 class AdaptiveLimit:
@@ -86,11 +107,13 @@ class AdaptiveLimit:
     """
 
     __slots__ = (
+        "_adapted_at_s",
         "_calls",
         "_fell_at_s",
         "_limit_max",
         "_limit_min",
         "_paces",
+        "_slow_since_s",
         "_until_s",
         "limit",
         "peak",
@@ -101,6 +124,7 @@ class AdaptiveLimit:
         self.limit = float(limit_max)
         self.peak = 0
         self._calls, self._until_s, self._fell_at_s = 0, 0.0, -math.inf
+        self._slow_since_s, self._adapted_at_s = math.inf, -math.inf
         self._paces: list[Pace] = []  # of methods that had calls in this window
 
     def note(self, pace: Pace, took_s: float, *, in_flight: int, now_s: float) -> bool:
@@ -119,8 +143,7 @@ class AdaptiveLimit:
             return False  # it began under another limit
         if not pace.calls:
             self._paces.append(pace)
-        pace.calls += 1
-        pace.took_s += took_s if took_s < pace.clip_s else pace.clip_s
+        pace.note(took_s)
         self._calls += 1
         if self._calls < WINDOW_CALLS or now_s < self._until_s:
             return False
@@ -131,13 +154,18 @@ class AdaptiveLimit:
 
     def _adapt(self, now_s: float) -> None:
         judged = [pace for pace in self._paces if pace.calls >= METHOD_CALLS]
-        slow = [pace for pace in judged if pace.ratio > 1]
+        slow = [pace for pace in judged if pace.is_slow]
         slow_calls = sum(pace.calls for pace in slow)
         if 2 * slow_calls <= sum(pace.calls for pace in judged):
             self.limit = min(self._limit_max, self.limit + math.sqrt(self.limit))
+            self._slow_since_s = math.inf
         elif self.peak >= self._limit_min:
-            self._fall(slow, slow_calls)
-            self._fell_at_s = now_s
+            if now_s - self._adapted_at_s > STANDING_S or self._slow_since_s == math.inf:
+                self._slow_since_s = now_s
+            if now_s - self._slow_since_s >= STANDING_S:
+                self._fall(slow, slow_calls)
+                self._fell_at_s = now_s
+        self._adapted_at_s = now_s
         is_quiet = self.peak <= QUIET_CALLS
         for pace in judged:
             pace.end_window(is_quiet=is_quiet)

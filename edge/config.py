@@ -35,6 +35,18 @@ class EdgeConfig:
         default=30.0,
         metadata={"help": "how long an upstream that is asked may be away", "unit": "s", "min": 0},
     )
+    reload_s: float = field(
+        default=2.0,
+        metadata={
+            "help": "how often contracts are looked at for a change, 0 for on SIGHUP only",
+            "unit": "s",
+            "min": 0,
+        },
+    )
+    reload_breaking: bool = field(
+        default=False,
+        metadata={"help": "whether changed contracts are served that break clients of the old"},
+    )
     allow_anonymous: bool = field(
         default=False,
         metadata={"help": "whether anybody may call methods that say nothing of who may"},

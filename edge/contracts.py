@@ -120,15 +120,9 @@ class Contracts:
         """The contracts of a serialized FileDescriptorSet.
 
         Raises:
-            ContractError: it is none, or it is not complete, or a file of it does not build.
+            ContractError: see file_set_of; or it is not complete, or a file does not build.
         """
-        try:
-            file_set = FileDescriptorSet.FromString(image)
-        except DecodeError as error:
-            raise ContractError("it is no FileDescriptorSet, or only a part of one") from error
-        if not file_set.file:
-            raise ContractError("it is a FileDescriptorSet without any file, or none at all")
-        return cls(file_set)
+        return cls(file_set_of(image))
 
     def message(self, full_name: str) -> Descriptor:
         """The descriptor of a message; KeyError if there is none."""
@@ -202,6 +196,21 @@ class Contracts:
                 text = _clean_comment(location.leading_comments)
                 if name and text:
                     yield name, text
+
+
+def file_set_of(image: bytes) -> FileDescriptorSet:
+    """A serialized FileDescriptorSet.
+
+    Raises:
+        ContractError: it is none, or an empty one.
+    """
+    try:
+        file_set = FileDescriptorSet.FromString(image)
+    except DecodeError as error:
+        raise ContractError("it is no FileDescriptorSet, or only a part of one") from error
+    if not file_set.file:
+        raise ContractError("it is a FileDescriptorSet without any file, or none at all")
+    return file_set
 
 
 def load_contracts() -> Contracts:

@@ -5,11 +5,12 @@ fields: AnyMessage and JsonValue mark where that is meant.
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+
+from edge.compiled import compiled
 
 AnyMessage: TypeAlias = Any
 JsonValue: TypeAlias = Any  # dict, list, str, int, float, bool or None
@@ -51,7 +52,7 @@ def map_fields(field: FieldDescriptor) -> tuple[FieldDescriptor, FieldDescriptor
     return entry["key"], entry["value"]
 
 
-@lru_cache(maxsize=_MESSAGES_MAX)
+@compiled(_MESSAGES_MAX)
 def fields_by_any_name(message: Descriptor) -> Mapping[str, FieldDescriptor]:
     """The fields of a message by JSON name and by proto name.
 

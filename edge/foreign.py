@@ -7,11 +7,10 @@ nothing of who may.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
 
-from edge.contracts import ContractError, Contracts, MethodInfo
+from edge.contracts import ContractError, MethodInfo
 from shared.errors import TenfoldError
 from shared.rpc.client import Channels, Upstreams
 from shared.rpc.policy import Access
@@ -39,23 +38,9 @@ class Opened:
     left_out: tuple[str, ...]
 
 
-def contracts_of_file(path: Path) -> Contracts:
-    """The contracts of a descriptor set.
-
-    Raises:
-        ContractError: it cannot be read, or is no complete descriptor set.
-    """
-    try:
-        return Contracts.of_bytes(path.read_bytes())
-    except OSError as error:
-        raise ContractError(f"{path} cannot be read: {error.strerror}") from error
-    except ContractError as error:
-        raise ContractError(f"{path}: {error}") from error
-
-
-async def contracts_of_servers(
+async def files_of_servers(
     upstreams: Upstreams, tls: ClientTls | None, *, wait_s: float, tell: Tell
-) -> tuple[Contracts, frozenset[str]]:
+) -> tuple[FileDescriptorSet, frozenset[str]]:
     """The contracts that the servers themselves tell.
 
     Args:
@@ -65,7 +50,7 @@ async def contracts_of_servers(
         tell: takes a sentence about one that is.
 
     Returns:
-        The contracts, and the full names of the services that are served.
+        The files, and the full names of the services that are served.
 
     Raises:
         ContractError: one stays away or does not tell everything, or two disagree.
@@ -79,8 +64,7 @@ async def contracts_of_servers(
             first, known = files.setdefault(file.name, (target, file))
             if known != file and not file.name.startswith(_COMMON_FOLDER):
                 raise ContractError(f"{first} and {target} tell of two different {file.name}")
-    contracts = Contracts(FileDescriptorSet(file=[file for _, file in files.values()]))
-    return contracts, frozenset(services)
+    return FileDescriptorSet(file=[file for _, file in files.values()]), frozenset(services)
 
 
 def opened(methods: Iterable[MethodInfo], *, allow_anonymous: bool) -> Opened:

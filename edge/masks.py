@@ -11,11 +11,11 @@ that skips a misspelt path would answer success and change nothing.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from edge import well_known
+from edge.compiled import compiled
 from edge.fields import (
     AnyMessage,
     JsonValue,
@@ -176,7 +176,7 @@ def _mask_field(request: Descriptor, *, is_patch: bool) -> FieldDescriptor | Non
     return masks.get(UPDATE_MASK)
 
 
-@lru_cache(maxsize=_MESSAGES_MAX)
+@compiled(_MESSAGES_MAX)
 def _fields_by_mask_name(message: Descriptor) -> Mapping[str, FieldDescriptor]:
     """Fields by the names that masks hold: proto names, and what JSON names become in a mask."""
     of_json = {well_known.mask_path_of_json(f.json_name): f for f in message.fields}

@@ -12,7 +12,7 @@ is given twice.
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -20,6 +20,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from edge import well_known
 from edge.codec import codecs_of
+from edge.compiled import compiled
 from edge.fields import (
     AnyMessage,
     JsonValue,
@@ -137,7 +138,7 @@ def find_leaf(message: Descriptor, name: str) -> Leaf:
     return _find_leaf(message, name) if len(name) > CACHED_NAME_MAX else _known_leaf(message, name)
 
 
-@lru_cache(maxsize=LEAVES_MAX)
+@compiled(LEAVES_MAX)
 def _known_leaf(message: Descriptor, name: str) -> Leaf:
     return _find_leaf(message, name)
 
@@ -272,7 +273,7 @@ def _check_oneof(target: AnyMessage, field: FieldDescriptor) -> None:
         raise Wrong(f"excludes {other}: only one of {oneof.name} may be set")
 
 
-@lru_cache(maxsize=DECODERS_MAX)
+@compiled(DECODERS_MAX)
 def text_decoder(field: FieldDescriptor) -> TextDecode:
     """The decoder of a scalar field from text."""
     if field.type == FieldDescriptor.TYPE_BOOL:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
+from edge.compiled import compiled
 from edge.compression import carries_secrets
 from edge.fields import descriptor_of
 from edge.query import Leaf, find_leaf, is_text_leaf
@@ -50,7 +50,7 @@ class Shape:
         return {name: text for name, text in captures.items() if name not in self.first_only}
 
 
-@lru_cache(maxsize=_SHAPES_MAX)
+@compiled(_SHAPES_MAX)
 def shape_of(route: Route) -> Shape:
     """The shape of a route; call it for each route at start, so that no request pays."""
     request, answer = descriptor_of(route.method.input), descriptor_of(route.method.output)

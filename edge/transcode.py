@@ -7,7 +7,6 @@ doubly set field is refused by its JSON name. A contract may have unknown names 
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -20,6 +19,7 @@ from edge.codec import (
     require_parsable,
     write_json,
 )
+from edge.compiled import compiled
 from edge.fields import AnyMessage, JsonValue, descriptor_of, fields_by_any_name
 from edge.ignored import Ignored
 from edge.json_text import Wrong
@@ -174,7 +174,7 @@ def invalid_request(wrong: Wrong) -> InvalidRequest:
     return InvalidRequest(f"The request {wrong.description}")
 
 
-@lru_cache(maxsize=_PLANS_MAX)
+@compiled(_PLANS_MAX)
 def plan_of(route: Route) -> Plan:
     """The compiled plan of a route; call it for each route at start, so that no request pays."""
     request, answer = descriptor_of(route.method.input), descriptor_of(route.method.output)

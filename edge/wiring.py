@@ -3,7 +3,7 @@
 import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edge.accounts import Accounts
@@ -15,15 +15,17 @@ from edge.calls import CallLimits, Calls
 from edge.charges import Charges, require_payable
 from edge.config import ERROR_GOOGLE, EdgeConfig
 from edge.connect_calls import ConnectCalls
-from edge.contracts import load_contracts
+from edge.contracts import ContractError, Contracts
 from edge.cors import Cors
-from edge.foreign import Tell, contracts_of_file, contracts_of_servers, opened, require_upstreams
+from edge.foreign import Tell, opened, require_upstreams
 from edge.guards import Guards
 from edge.health import Readiness
 from edge.live_plans import LivePlans
 from edge.problem import problem_of
 from edge.quota_store import LocalQuotas, LocalQuotaStore, QuotaStore
+from edge.reload import Reloader, following
 from edge.slots import LocalSlots, Slots, SlotStore
+from edge.sources import FileSource, Found, ServerSource, Source
 from edge.streams import OpenStreams
 from edge.upstream import Upstream
 from shared import log
@@ -70,33 +72,47 @@ async def load_api(config: EdgeConfig, around: Surroundings, tell: Tell) -> Api:
 
     Raises:
         ContractError: it cannot be served.
+        ConfigError: plans and contracts do not go together.
     """
-    services: frozenset[str] | None = None  # all
-    if config.reflect:
-        contracts, services = await contracts_of_servers(
-            around.upstreams, around.tls, wait_s=config.reflect_wait_s, tell=tell
-        )
-    elif config.descriptors:
-        contracts = contracts_of_file(Path(config.descriptors))
-    else:
-        contracts = load_contracts()
-    methods = [m for m in contracts.methods() if services is None or m.service in services]
-    if around.signer is not None:
-        api = own_api(contracts, methods, config)
-        live_plans(config, around, api)
-        return api
-    served = opened(methods, allow_anonymous=config.allow_anonymous)
-    require_upstreams(served.methods, around.upstreams)
-    for sentence in served.left_out:
-        tell(f"not served: {sentence}")
-    api = foreign_api(contracts, served.methods, config)
+    api = compile_api(config, around, await _source(config, around, tell).find(), tell)
     live_plans(config, around, api)
     return api
 
 
+def compile_api(config: EdgeConfig, around: Surroundings, found: Found, tell: Tell) -> Api:
+    """Check and compile what was found.
+
+    Raises:
+        ContractError: it cannot be served.
+    """
+    try:
+        contracts = Contracts(found.file_set)
+    except ContractError as error:
+        raise ContractError(f"{found.origin}: {error}" if found.origin else error) from error
+    services = found.services
+    methods = [m for m in contracts.methods() if services is None or m.service in services]
+    if around.signer is not None:
+        return replace(own_api(contracts, methods, config), digest=found.digest)
+    served = opened(methods, allow_anonymous=config.allow_anonymous)
+    require_upstreams(served.methods, around.upstreams)
+    for sentence in served.left_out:
+        tell(f"not served: {sentence}")
+    return replace(foreign_api(contracts, served.methods, config), digest=found.digest)
+
+
+def _source(config: EdgeConfig, around: Surroundings, tell: Tell) -> Source:
+    if config.reflect:
+        return ServerSource(around.upstreams, around.tls, wait_s=config.reflect_wait_s, tell=tell)
+    return FileSource(Path(config.descriptors)) if config.descriptors else FileSource.own()
+
+
 @asynccontextmanager
 async def open_edge(
-    config: EdgeConfig, around: Surroundings, api: Api | None = None
+    config: EdgeConfig,
+    around: Surroundings,
+    api: Api | None = None,
+    *,
+    tell: Tell = _log.info,
 ) -> AsyncIterator[EdgeApp]:
     """The app with everything it needs, running; leaving closes it.
 
@@ -104,68 +120,132 @@ async def open_edge(
         config: limits, quotas and times.
         around: what is there.
         api: from `load_api`; None loads it now.
+        tell: takes a sentence about contracts that change.
 
     Raises:
         ContractError: it is loaded now, and cannot be served.
     """
     if api is None:
-        api = await load_api(config, around, _log.info)
-    tell = google_error_of if config.error_format == ERROR_GOOGLE else problem_of
-    open_streams = OpenStreams(config.streams_per_caller_max)
+        api = await load_api(config, around, tell)
     async with AsyncExitStack() as stack:
+        policies = {method.full_name: method.policy for method in api.methods}
         channels = Channels(
             around.upstreams,
             around.signer,
-            policies={method.full_name: method.policy for method in api.methods},
+            policies=policies,
             checks_health=around.signer is not None,
             tls=around.tls,
             metrics=around.metrics,
         )
         stack.push_async_callback(channels.close)
         plans = live_plans(config, around, api)
-        accounts = Accounts(plans.limit)
-        plans.on_change = accounts.forget
-        store, slots = await _quota_stores(stack, config, around, plans, accounts)
-        authenticator = await _authenticator(stack, config, around, channels, open_streams)
-        guards = Guards(
-            channels,
-            around.upstreams.target_of,
-            calls_max=config.upstream_calls_max,
-            method_share=config.method_calls_share,
-            metrics=around.metrics,
-        )
-        upstream, limits = Upstream(channels, around.signer, guards), _call_limits(config)
-        calls = Calls(
-            upstream,
-            open_streams,
-            limits,
-            api.forwarding,
-            authenticator=authenticator,
-            public_url=config.public_url.rstrip("/"),
+        standing = await _stand(stack, config, around, channels, plans)
+        app = EdgeApp(_parts(api, config, around, standing))
+
+        def compile_found(found: Found) -> Api:
+            new = compile_api(config, around, found, tell)
+            require_payable(new.prices, plans.current)
+            return new
+
+        def serve(new: Api) -> None:
+            # Those of methods that are gone stay: calls to them may be under way.
+            policies.update({method.full_name: method.policy for method in new.methods})
+            app.change(_parts(new, config, around, standing))
+
+        reloader = Reloader(
+            _source(replace(config, reflect_wait_s=0), around, _hush),
+            api,
+            compile_found,
+            serve,
+            poll_s=config.reload_s,
+            allows_breaking=config.reload_breaking,
             tell=tell,
         )
-        yield EdgeApp(
-            Parts(
-                routes=api.routes,
-                upstream=upstream,
-                calls=calls,
-                connect_calls=ConnectCalls(upstream, calls, limits, api.forwarding),
-                charges=Charges(store, api.prices, accounts),
-                slots=Slots(slots),
-                addresses=LocalQuotaStore(around.clock),
-                limits=Limits(
-                    math.ceil(config.requests_max / config.workers), config.address_quota()
-                ),
-                cors=Cors(config.origins, api.routes, api.forwarding),
-                readiness=_readiness(around, api, channels, authenticator),
-                open_streams=open_streams,
-                documents=api.documents,
-                authenticator=authenticator,
-                tell=tell,
-                trusted_hops=config.trusted_hops,
-                metrics=around.metrics,
-            )
-        )
+        app.ask_reload = reloader.ask
+        await stack.enter_async_context(following(reloader))
+        yield app
+
+
+def _hush(_: object) -> None:
+    """A server that restarts is away for a moment; nothing is wrong."""
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """What stays when contracts change."""
+
+    channels: Channels
+    guards: Guards
+    open_streams: OpenStreams
+    store: QuotaStore
+    slots: SlotStore
+    accounts: Accounts
+    authenticator: Authenticator | None
+    addresses: LocalQuotaStore
+
+
+async def _stand(
+    stack: AsyncExitStack,
+    config: EdgeConfig,
+    around: Surroundings,
+    channels: Channels,
+    plans: LivePlans,
+) -> _Standing:
+    open_streams = OpenStreams(config.streams_per_caller_max)
+    accounts = Accounts(plans.limit)
+    plans.on_change = accounts.forget
+    guards = Guards(
+        channels,
+        around.upstreams.target_of,
+        calls_max=math.ceil(config.upstream_calls_max / config.workers),
+        method_share=config.method_calls_share,
+        metrics=around.metrics,
+    )
+    store, slots = await _quota_stores(stack, config, around, plans, accounts)
+    return _Standing(
+        channels=channels,
+        guards=guards,
+        open_streams=open_streams,
+        store=store,
+        slots=slots,
+        accounts=accounts,
+        authenticator=await _authenticator(stack, config, around, channels, open_streams),
+        addresses=LocalQuotaStore(around.clock),
+    )
+
+
+def _parts(api: Api, config: EdgeConfig, around: Surroundings, standing: _Standing) -> Parts:
+    """What serves one set of contracts."""
+    tell = google_error_of if config.error_format == ERROR_GOOGLE else problem_of
+    upstream = Upstream(standing.channels, around.signer, standing.guards)
+    limits = _call_limits(config)
+    calls = Calls(
+        upstream,
+        standing.open_streams,
+        limits,
+        api.forwarding,
+        authenticator=standing.authenticator,
+        public_url=config.public_url.rstrip("/"),
+        tell=tell,
+    )
+    return Parts(
+        routes=api.routes,
+        upstream=upstream,
+        calls=calls,
+        connect_calls=ConnectCalls(upstream, calls, limits, api.forwarding),
+        charges=Charges(standing.store, api.prices, standing.accounts),
+        slots=Slots(standing.slots),
+        addresses=standing.addresses,
+        limits=Limits(math.ceil(config.requests_max / config.workers), config.address_quota()),
+        cors=Cors(config.origins, api.routes, api.forwarding),
+        readiness=_readiness(around, api, standing.channels, standing.authenticator),
+        open_streams=standing.open_streams,
+        documents=api.documents,
+        authenticator=standing.authenticator,
+        tell=tell,
+        trusted_hops=config.trusted_hops,
+        metrics=around.metrics,
+    )
 
 
 def live_plans(config: EdgeConfig, around: Surroundings, api: Api) -> LivePlans:

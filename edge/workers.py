@@ -5,7 +5,7 @@ and serves their metrics as one text. It takes no connection, loads no contract 
 worker that ends leaves the connections that nobody has accepted yet to the others.
 
 SIGTERM, SIGINT: all drain; a second one ends them at once. SIGUSR2: they are replaced one after
-another, for new contracts or new code. SIGHUP does nothing yet.
+another, for new code. SIGHUP: each looks for new contracts at once, as an edge alone does.
 """
 
 import asyncio
@@ -123,6 +123,12 @@ class Workers:
         """Tell them a second time, which ends them."""
         for worker in self._workers:
             self._signal(worker, signal.SIGTERM)
+
+    def reload_all(self) -> None:
+        """Let each look for new contracts; one that does not serve yet is reading them anyway."""
+        for worker in self._workers:
+            if worker.is_serving.is_set():
+                self._signal(worker, signal.SIGHUP)
 
     async def replace_all(self) -> None:
         """One after another: each serves again before the next one drains."""
@@ -285,7 +291,7 @@ def _obey_signals(workers: Workers, group: asyncio.TaskGroup) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_stop)
     loop.add_signal_handler(signal.SIGUSR2, on_replace)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # would end the parent alone
+    loop.add_signal_handler(signal.SIGHUP, workers.reload_all)
 
 
 def tell(sentence: object) -> None:

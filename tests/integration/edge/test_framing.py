@@ -185,7 +185,7 @@ async def test_a_refusal_is_not_followed_by_100_continue(edge):
 async def test_a_fault_outside_the_apps_boundary_ends_the_connection(start_edge, monkeypatch):
     async with start_edge() as edge:
         with monkeypatch.context() as patch:
-            patch.setattr(edge.app, "_serve", None)
+            patch.setattr(edge.app._steps, "_serve", None)
             before = time.monotonic()
             assert await edge.raw(SMUGGLED, silence_s=5) == b""
             assert time.monotonic() - before < 4  # closed, not silent

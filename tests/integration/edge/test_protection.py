@@ -165,8 +165,10 @@ async def test_too_much_work_is_shed_and_what_is_taken_is_done_in_time(
         statuses: list[int] = []
 
         async def client() -> None:
-            statuses.extend([(await edge.toil(5)).status_code for _ in range(5)])
+            while 503 not in statuses:
+                statuses.append((await edge.toil(10)).status_code)
 
-        await asyncio.gather(*(client() for _ in range(80)))
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(client() for _ in range(80)))
         assert set(statuses) == {200, 503}
         assert (await edge.look()).status_code == 200

@@ -10,7 +10,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2
 
 from edge.contracts import ContractError, Contracts
-from edge.foreign import contracts_of_servers
+from edge.foreign import files_of_servers
 from shared.rpc.client import Upstreams
 from tests.protos import compile_protos
 
@@ -98,9 +98,10 @@ async def serving(tell: Tell, version: str = V1) -> AsyncIterator[str]:
 
 
 async def ask(upstreams: str) -> tuple[Contracts, frozenset[str]]:
-    return await contracts_of_servers(
+    files, services = await files_of_servers(
         Upstreams.parse(upstreams), None, wait_s=0, tell=lambda sentence: None
     )
+    return Contracts(files), services
 
 
 @pytest.mark.parametrize("version", [V1, V1ALPHA])

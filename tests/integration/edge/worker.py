@@ -49,7 +49,9 @@ async def worker(image: Path, address: str) -> AsyncIterator[asyncio.subprocess.
         await process.wait()
 
 
-class _Worker(grpc.GenericRpcHandler):
+class Worker(grpc.GenericRpcHandler):
+    """Does what each request asks for."""
+
     def __init__(self, contracts: Contracts) -> None:
         self._methods = {method.full_name: method for method in contracts.methods()}
 
@@ -91,7 +93,7 @@ def _stream_of(method: MethodInfo) -> Any:
 async def main(image: bytes, address: str) -> None:
     """Serve until SIGTERM."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers([_Worker(Contracts.of_bytes(image))])
+    server.add_generic_rpc_handlers([Worker(Contracts.of_bytes(image))])
     port = server.add_insecure_port(address)
     await server.start()
     sys.stdout.write(f"{port}\n")

@@ -52,10 +52,21 @@ def test_it_begins_at_its_maximum_and_stays_there_while_calls_are_fast() -> None
     assert (server.limit.limit, server.refused) == (100, 0)
 
 
-@pytest.mark.parametrize("workers", [1, 4, 16], ids="{}-workers".format)
-@pytest.mark.parametrize("work_s", [0.002, 0.01, 0.1], ids="{}s".format)
+def test_a_burst_that_is_over_in_a_moment_changes_nothing() -> None:
+    server = Server(AdaptiveLimit(1000), work_s=0.002)
+    server.offer(100, since_s=0, seconds=10)
+    for burst in range(10):
+        server.offer(30_000, since_s=10 + 2 * burst, seconds=0.015)  # 450 calls, 0.9 s of work
+        server.offer(10, since_s=10.015 + 2 * burst, seconds=1.9)
+    assert (server.limit.limit, server.refused) == (1000, 0)
+
+
+@pytest.mark.parametrize(
+    ("workers", "work_s"),
+    [(1, 0.002), (1, 0.01), (4, 0.002), (4, 0.01), (4, 0.1), (16, 0.01), (16, 0.1)],
+)
 def test_at_five_times_capacity_all_of_it_is_used_and_answers_stay_fast(
-    work_s: float, workers: int
+    workers: int, work_s: float
 ) -> None:
     server, capacity = Server(AdaptiveLimit(1000), work_s=work_s, workers=workers), workers / work_s
     server.offer(capacity / 2, since_s=0, seconds=10)

@@ -1,10 +1,13 @@
 """What is served of another's methods: deny by default."""
 
+from pathlib import Path
+
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
 from edge.contracts import ContractError, Contracts
-from edge.foreign import contracts_of_file, opened, require_upstreams
+from edge.foreign import opened, require_upstreams
+from edge.sources import FileSource
 from shared.rpc.client import Upstreams
 from shared.rpc.policy import Access
 from tests.protos import compile_protos
@@ -91,21 +94,25 @@ def test_every_served_service_needs_a_server(methods):
         require_upstreams(served, Upstreams.parse("other=a:1"))
 
 
-def test_a_file_that_is_no_file_is_named(tmp_path):
+async def found(path: Path) -> Contracts:
+    return Contracts((await FileSource(path).find()).file_set)
+
+
+async def test_a_file_that_is_no_file_is_named(tmp_path):
     with pytest.raises(ContractError, match=f"^{tmp_path} cannot be read: Is a directory$"):
-        contracts_of_file(tmp_path)
+        await found(tmp_path)
 
 
-def test_sets_joined_with_cat_are_one_set(tmp_path, methods):
+async def test_sets_joined_with_cat_are_one_set(tmp_path, methods):
     image = tmp_path / "protos.binpb"
     image.write_bytes(2 * image.read_bytes())
-    assert len(list(contracts_of_file(image).methods())) == len(methods)
+    assert len(list((await found(image)).methods())) == len(methods)
 
 
-def test_two_different_files_of_one_name_are_refused(tmp_path, methods):
+async def test_two_different_files_of_one_name_are_refused(tmp_path, methods):
     image = tmp_path / "protos.binpb"
     other = FileDescriptorSet.FromString(image.read_bytes())
     other.file[-1].message_type.add(name="More")
     image.write_bytes(image.read_bytes() + other.SerializeToString())
     with pytest.raises(ContractError, match=r"two different files are named t\.proto"):
-        contracts_of_file(image)
+        await found(image)
