@@ -158,3 +158,9 @@ async def serving(
     finally:
         await channels.close()
         await server.stop(0)
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)

@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import os
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -33,8 +34,16 @@ from tests.integration.shared.rpc.harness import (
     only_on_grpcio,
     only_on_native,
     serving,
+    until,
 )
-from tests.integration.shared.rpc.raw_http2 import connected, message
+from tests.integration.shared.rpc.raw_http2 import (
+    CANCEL,
+    DATA,
+    RST_STREAM,
+    connected,
+    frame,
+    message,
+)
 
 pytestmark = pytest.mark.usefixtures("engine")
 
@@ -93,12 +102,18 @@ class Uploads(media_grpc.UploadServiceServicer):
 
     def __init__(self) -> None:
         self.has_ended = asyncio.Event()
+        self.pieces, self.whole, self.cut = 0, 0, 0
 
     async def PatchTusUpload(self, requests: Any, context: Any) -> Any:
         await context.send_headers({"http-status": "204"})
         try:
             async for piece in requests:
+                self.pieces += 1
                 yield HttpBody(data=piece.data)
+            self.whole += 1
+        except asyncio.CancelledError:
+            self.cut += 1
+            raise
         finally:
             self.has_ended.set()
 
@@ -129,6 +144,17 @@ async def test_a_caller_that_leaves_a_stream_both_ways_cancels_its_handler() -> 
         call.cancel()
         async with asyncio.timeout(5):
             await handler.has_ended.wait()
+
+
+async def test_a_stream_that_its_caller_cancels_is_never_taken_for_whole() -> None:
+    async with uploads() as (harness, handler, _), connected(harness.port) as peer:
+        for number in range(1, 51):
+            await peer.send(peer.request(PATCH, harness.as_(UPLOADER)))
+            await peer.send(frame(DATA, 0, peer.last, message(b"")))
+            await until(lambda number=number: handler.pieces == number)
+            await peer.send(frame(RST_STREAM, 0, peer.last, struct.pack(">I", CANCEL)))
+        await until(lambda: handler.whole + handler.cut == 50)
+        assert handler.whole == 0
 
 
 async def test_a_stop_ends_a_stream_both_ways() -> None:

@@ -22,7 +22,7 @@ from tenfold.media.v1 import media_service_pb2_grpc as media_grpc
 from shared.identity import IDENTITY_METADATA_KEY
 from shared.lifecycle import Registration
 from shared.rpc.server import RpcServerConfig
-from tests.integration.shared.rpc.harness import USER, Harness, Sessions, serving
+from tests.integration.shared.rpc.harness import USER, Harness, Sessions, serving, until
 from tests.integration.shared.rpc.raw_http2 import (
     CANCEL,
     CONTINUATION,
@@ -328,12 +328,6 @@ class ChattySessions(Sessions):
     async def WatchRevocations(self, request: Any, context: Any) -> Any:
         while True:
             yield auth.WatchRevocationsResponse(credential="x" * 100_000)
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not is_so():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 async def test_a_million_empty_messages_are_cut_early() -> None:
