@@ -1,5 +1,7 @@
 """python -m services auth payment: run these in one process; "all" runs every one.
 
+python -m services migrate all: bring their databases to the newest schema and end.
+
 One gRPC server hosts all of them. The process exits 0 after SIGTERM or SIGINT, and 1 with one
 sentence when a setting is wrong.
 """
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from shared.telemetry.metrics import Metrics
 
 ALL = "all"
+MIGRATE = "migrate"
 PREFIX = "TENFOLD_"
 
 
@@ -89,6 +92,32 @@ async def serve(names: Sequence[str], environ: Mapping[str, str], spawner: Spawn
             for registration in service.registrations:
                 server.add(registration)
         await _run(server, services, runtime, metrics_port)
+
+
+async def migrate(names: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Migrate every shard of these services, each service even if another fails.
+
+    Raises:
+        ConfigError: a setting is wrong; the sentence names it.
+        DatabaseRefused: a shard was not migrated; the sentences name each.
+    """
+    from shared.db.engines import migrate_shards
+    from shared.db.errors import DatabaseRefused
+
+    data, refused = load(ProcessConfig, PREFIX, environ).data, []
+    for name in names:
+        wiring, folder = (
+            importlib.import_module(f"services.{name}.wiring"),
+            data / "services" / name,
+        )
+        try:
+            count = await migrate_shards(wiring.shard_settings(folder, environ))
+        except DatabaseRefused as error:
+            refused.append(str(error))
+        else:
+            sys.stdout.write(f"{name}: {count} shards are at the newest schema\n")
+    if refused:
+        raise DatabaseRefused("\n".join(refused))
 
 
 def _server_of(config: ProcessConfig, verifier: object, metrics: "Metrics") -> "RpcServer":
@@ -162,6 +191,9 @@ def _stop_signal() -> asyncio.Event:
 def run(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run the program; returns its exit code."""
     try:
+        if arguments[:1] == [MIGRATE]:
+            asyncio.run(migrate(chosen_services(arguments[1:]), environ))
+            return 0
         names = chosen_services(arguments)
         load(ProcessConfig, PREFIX, environ)  # refused before anything is started
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # our one sentence says it

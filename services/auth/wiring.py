@@ -1,7 +1,7 @@
 """The only place that chooses implementations."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
@@ -34,6 +34,22 @@ ADMIN_KEY_FILE = "admin.key"
 ADMIN_KEY_LIFE = timedelta(days=100 * 365)
 
 
+def shard_settings(folder: Path, environ: Mapping[str, str]) -> ShardSettings:
+    """What its shards are made of; SQLite keeps them in the service's folder.
+
+    Raises:
+        ConfigError: a setting is wrong; the sentence names it.
+    """
+    config = load(AuthConfig, "TENFOLD_AUTH_", environ)
+    return ShardSettings(
+        NAME,
+        config.database,
+        folder / "shards",
+        MIGRATIONS,
+        shard_count=SHARD_COUNT,
+    )
+
+
 @asynccontextmanager
 async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     """Open the auth service.
@@ -53,9 +69,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
         )
     )
     try:
-        settings = ShardSettings(
-            NAME, config.database, folder / "shards", MIGRATIONS, shard_count=SHARD_COUNT
-        )
+        settings = shard_settings(folder, runtime.environ)
         async with open_shards(settings, secret=runtime.secret, clock=clock) as shards:
             store = SqlAuthStore(shards, clock, runtime.secret, hub)
             await _ensure_admin_key(runtime, store, roles)

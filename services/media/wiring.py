@@ -1,7 +1,7 @@
 """The only place that chooses implementations."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,6 +51,21 @@ class _Parts:
     signal: VideoSignal
 
 
+def shard_settings(folder: Path, environ: Mapping[str, str]) -> ShardSettings:
+    """What its shards are made of; SQLite keeps them in the service's folder.
+
+    Raises:
+        ConfigError: a setting is wrong; the sentence names it.
+    """
+    config = load(MediaConfig, PREFIX, environ)
+    return ShardSettings(
+        NAME,
+        config.database,
+        folder / "shards",
+        MIGRATIONS,
+    )
+
+
 @asynccontextmanager
 async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     """Open the media service; closed in reverse.
@@ -62,7 +77,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     folder = runtime.folder_of(NAME)
     files = MediaFiles(folder)
     await asyncio.to_thread(files.prepare)
-    settings = ShardSettings(NAME, config.database, folder / "shards", MIGRATIONS)
+    settings = shard_settings(folder, runtime.environ)
     async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
         parts = _Parts(shards, SqlMediaStore(shards, config.stock_limits), files, VideoSignal())
         yield Service(

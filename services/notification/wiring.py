@@ -1,6 +1,6 @@
 """The only place that chooses implementations."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,21 @@ ANSWERS_PER_MESSAGE = 4
 CLAIM_SPARE_S = 5.0
 
 
+def shard_settings(folder: Path, environ: Mapping[str, str]) -> ShardSettings:
+    """What its shards are made of; SQLite keeps them in the service's folder.
+
+    Raises:
+        ConfigError: a setting is wrong; the sentence names it.
+    """
+    config = load(NotificationConfig, PREFIX, environ)
+    return ShardSettings(
+        NAME,
+        config.database,
+        folder / "shards",
+        MIGRATIONS,
+    )
+
+
 @asynccontextmanager
 async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     """Open the notification service; closed in reverse.
@@ -46,7 +61,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     """
     config = load(NotificationConfig, PREFIX, runtime.environ)
     server, sender = mail_server_of(config), sender_of(config)
-    settings = ShardSettings(NAME, config.database, runtime.folder_of(NAME) / "shards", MIGRATIONS)
+    settings = shard_settings(runtime.folder_of(NAME), runtime.environ)
     async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
         store = SqlNotificationStore(shards, emails_per_day_max=config.emails_per_day_max)
         signal = InboxSignal()

@@ -1,6 +1,6 @@
 """The only place that chooses implementations for payment."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,24 @@ NAME = "payment"
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
+def shard_settings(folder: Path, environ: Mapping[str, str]) -> ShardSettings:
+    """What its shards are made of; SQLite keeps them in the service's folder.
+
+    Raises:
+        ConfigError: a setting is wrong; the sentence names it.
+    """
+    config = load(PaymentConfig, "TENFOLD_PAYMENT_", environ)
+    return ShardSettings(
+        NAME,
+        config.database,
+        folder / "shards",
+        MIGRATIONS,
+        shard_count=config.shard_count,
+        owned_by_first=True,
+        synchronous="FULL",  # an acknowledged transfer survives a power cut
+    )
+
+
 @asynccontextmanager
 async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     """Open payment's shards and give what is to be served.
@@ -30,15 +48,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
         ConfigError: a TENFOLD_PAYMENT_… variable is wrong.
     """
     config = load(PaymentConfig, "TENFOLD_PAYMENT_", runtime.environ)
-    settings = ShardSettings(
-        NAME,
-        config.database,
-        runtime.folder_of(NAME) / "shards",
-        MIGRATIONS,
-        shard_count=config.shard_count,
-        owned_by_first=True,
-        synchronous="FULL",  # an acknowledged transfer survives a power cut
-    )
+    settings = shard_settings(runtime.folder_of(NAME), runtime.environ)
     async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
         store = SqlLedgerStore(shards, runtime.clock)
         await store.verify(entries_max=config.verify_entries_max)

@@ -1,6 +1,6 @@
 """The only place that chooses implementations."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,22 @@ PREFIX = "TENFOLD_REPORTING_"
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
+def shard_settings(folder: Path, environ: Mapping[str, str]) -> ShardSettings:
+    """What its shards are made of; SQLite keeps them in the service's folder.
+
+    Raises:
+        ConfigError: a setting is wrong; the sentence names it.
+    """
+    config = load(ReportingConfig, PREFIX, environ)
+    return ShardSettings(
+        NAME,
+        config.database,
+        folder / "shards",
+        MIGRATIONS,
+        shard_count=config.shard_count,
+    )
+
+
 @asynccontextmanager
 async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     """Open the reporting service; closed in reverse.
@@ -33,14 +49,7 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     Raises:
         ConfigError: a setting is wrong; the sentence names it.
     """
-    config = load(ReportingConfig, PREFIX, runtime.environ)
-    settings = ShardSettings(
-        NAME,
-        config.database,
-        runtime.folder_of(NAME) / "shards",
-        MIGRATIONS,
-        shard_count=config.shard_count,
-    )
+    settings = shard_settings(runtime.folder_of(NAME), runtime.environ)
     async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
         handler = ReportingHandler(
             SqlReportStore(shards), page_secret=runtime.secret, clock=runtime.clock

@@ -1,13 +1,18 @@
 """Which engine serves a service's shards: Postgres if its setting names databases, else SQLite."""
 
+import asyncio
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from shared.clock import Clock
 from shared.config import ConfigError
 from shared.db.port import Shards
+
+if TYPE_CHECKING:
+    from shared.db.postgres_connection import Server
 
 DATABASE_SETTING: dict[str, Any] = {
     "help": "shards on Postgres, one DSN each, comma-separated in the order they were made; "
@@ -55,7 +60,8 @@ def open_shards(
         DatabaseRefused: from the block, if a shard cannot be served.
     """
     # Each engine is loaded only where it is used: a process has one of them.
-    if not settings.database:
+    servers = servers_of(settings)
+    if not servers:
         from shared.db.sqlite import open_sqlite_shards
 
         return open_sqlite_shards(
@@ -69,13 +75,7 @@ def open_shards(
             service=settings.service,
         )
     from shared.db.postgres import open_postgres_shards
-    from shared.db.postgres_shards import parse_servers
 
-    try:
-        servers = parse_servers(settings.database, service=settings.service)
-    except ValueError as error:
-        variable = f"TENFOLD_{settings.service.upper()}_DATABASE"
-        raise ConfigError(f"{variable} is not allowed: {error}.") from error
     return open_postgres_shards(
         servers,
         migrations=settings.migrations,
@@ -84,3 +84,45 @@ def open_shards(
         clock=clock,
         service=settings.service,
     )
+
+
+async def migrate_shards(settings: ShardSettings) -> int:
+    """Bring every shard to the newest schema and serve none; returns how many there are.
+
+    Safe to repeat, and to run while the service runs.
+
+    Raises:
+        ConfigError: the setting is malformed.
+        DatabaseRefused: a shard was not migrated; the sentence names it. The others were.
+    """
+    service, migrations = settings.service, settings.migrations
+    if servers := servers_of(settings):
+        from shared.db import postgres_shards
+
+        await postgres_shards.prepare(
+            postgres_shards.Plan(servers, service, migrations, settings.owned_by_first)
+        )
+        return len(servers)
+    from shared.db import sqlite_files
+
+    plan = sqlite_files.Plan(
+        settings.folder, service, migrations, settings.shard_count, settings.owned_by_first
+    )
+    return len((await asyncio.to_thread(sqlite_files.prepare, plan)).paths)
+
+
+def servers_of(settings: ShardSettings) -> "Sequence[Server]":
+    """The shards on Postgres that the setting names; none means SQLite.
+
+    Raises:
+        ConfigError: it is malformed; the sentence names it, and no password.
+    """
+    if not settings.database:
+        return ()
+    from shared.db.postgres_shards import parse_servers
+
+    try:
+        return parse_servers(settings.database, service=settings.service)
+    except ValueError as error:
+        variable = f"TENFOLD_{settings.service.upper()}_DATABASE"
+        raise ConfigError(f"{variable} is not allowed: {error}.") from error
