@@ -161,6 +161,13 @@ class EdgeConfig:
     tenant_burst_points: int = field(
         default=40_000, metadata={"help": 'what the quota "api" of a tenant holds', "min": 1}
     )
+    payments_points_per_s: float = field(
+        default=600.0,
+        metadata={"help": 'refill of the quota "payments", per credential', "min": 0.001},
+    )
+    payments_burst_points: int = field(
+        default=1200, metadata={"help": 'what the quota "payments" holds', "min": 1}
+    )
     login_points_per_minute: float = field(
         default=60.0,
         metadata={"help": 'refill of the quota "login", per address block', "min": 0.001},
@@ -214,10 +221,12 @@ class EdgeConfig:
         """The limits of every tenant, where no file and no operator says otherwise."""
         api = Quota("api", self.api_burst_points, 1 / self.api_points_per_s)
         tenant = Quota("api", self.tenant_burst_points, 1 / self.tenant_points_per_s)
+        payments = Quota("payments", self.payments_burst_points, 1 / self.payments_points_per_s)
         login = Quota("login", self.login_burst_points, 60 / self.login_points_per_minute)
         limits = {
             ("api", Level.CREDENTIAL): api,
             ("api", Level.TENANT): tenant,
+            ("payments", Level.CREDENTIAL): payments,
             ("login", Level.ADDRESS): login,
         }
         return Plans({DEFAULT_PLAN: limits})

@@ -187,6 +187,25 @@ def test_the_cluster_is_not_pretended(tmp_path: Path) -> None:
     assert "comes with the sharded cluster" in sentence
 
 
+def test_quotas_of_a_running_mesh_are_shown_and_set_from_its_data_folder(mesh):
+    def quota(*words: str) -> str:
+        run = tenfold("quota", *words, "--data", str(mesh.data))
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    poll_until(
+        lambda: tenfold("quota", "show", "--data", str(mesh.data)).returncode == 0,
+        timeout_s=30,
+        what="an edge that has told its quotas",
+    )
+    assert "login        address" in quota("show")
+    plan = ("--plan", "tried-out", "--bucket", "api", "--level", "tenant")
+    quota("set", *plan, "--rate", "5/min", "--burst", "7")
+    assert "limit/tried-out/api/tenant" in json.loads(quota("show", "--json"))["overrides"]
+    quota("set", *plan, "--unset")
+    assert json.loads(quota("show", "--json"))["overrides"] == {}
+
+
 def test_status_shows_every_process(mesh: Mesh) -> None:
     run = tenfold("status", "--data", str(mesh.data), "--json")
     status = json.loads(run.stdout)

@@ -16,6 +16,7 @@ from tests.integration.edge.behind import KNOWN
 from tests.integration.edge.quotas import AWAY
 
 PATH = f"/v1/{KNOWN}"
+API = ("api", "credential")
 SMALL = EdgeConfig(api_points_per_s=0.1, api_burst_points=50, login_points_per_minute=1, drain_s=1)
 
 
@@ -39,23 +40,31 @@ async def test_calls_are_charged_by_credential_and_refused_with_retry_after(star
         assert (await edge.client.get(PATH, headers=other)).status_code == 200
 
 
-async def test_a_refused_call_keeps_one_point_and_a_replay_too(start_edge):
+async def test_an_invalid_call_keeps_one_point_and_a_replay_too(start_edge):
     body = {"toAccount": KNOWN, "amount": {"currencyCode": "EUR", "minorUnits": "5"}}
-    async with start_edge(replace(SMALL, api_burst_points=100)) as edge:
+    config = replace(SMALL, payments_burst_points=100, payments_points_per_s=0.01)
+    async with start_edge(config) as edge:
         headers = {**edge.bearer(), "idempotency-key": str(uuid4())}
-        path = f"{PATH}:transferFunds"  # costs 10
 
-        async def left() -> int:
-            answer = await edge.client.get(PATH, headers=headers)  # costs 1
-            return int(answer.headers["ratelimit"].split("r=")[1].split(";")[0])
+        async def left(answer_of: dict[str, object], status: int) -> str:
+            path = f"{PATH}:transferFunds"  # costs 10
+            answer = await edge.client.post(path, json=answer_of, headers=headers)
+            assert answer.status_code == status
+            return answer.headers["ratelimit"].partition(";t=")[0]
 
-        assert (await edge.client.post(path, json={"no": 1}, headers=headers)).status_code == 400
-        assert await left() == 98
-        await edge.client.post(path, json=body, headers=headers)
-        assert await left() == 87
-        replayed = await edge.client.post(path, json=body, headers=headers)
-        assert replayed.headers["ratelimit"].startswith('"api";r=86;')
-        assert await left() == 85
+        assert await left({"no": 1}, 400) == '"payments";r=99'
+        assert await left(body, 200) == '"payments";r=89'
+        assert await left(body, 200) == '"payments";r=88'  # replayed
+        answer = await edge.client.get(PATH, headers=headers)
+        assert answer.headers["ratelimit"].startswith('"api";r=49;')  # another bucket
+
+
+async def test_a_refused_call_of_a_usual_bucket_gives_back_all_but_one_point(start_edge):
+    async with start_edge(replace(SMALL, api_burst_points=100)) as edge:
+        headers = edge.bearer()
+        answer = await edge.client.get("/v1/accounts?pageSize=-1", headers=headers)
+        assert answer.status_code >= 400
+        assert answer.headers["ratelimit"].startswith('"api";r=99;')
 
 
 async def test_logging_in_is_counted_by_address_and_a_wrong_password_costs_in_full(start_edge):
@@ -185,7 +194,7 @@ async def test_an_operator_shows_sets_and_resets_while_edges_run(start_edge, own
         assert (await two.client.get(PATH, headers=headers)).status_code == 429
         shown = json.loads(await run(own_db, "show", "--credential", "quota-command", "--json"))
         assert shown["edges"] == 2
-        [left] = [row for row in shown["left"] if row["level"] == "credential"]
+        [left] = [row for row in shown["left"] if (row["bucket"], row["level"]) == API]
         assert left["remaining_points"] <= 2
         await run(own_db, "reset", "--credential", "quota-command")
         await until_policy(two, headers, '"api";q=50;w=500', status_code=200)
