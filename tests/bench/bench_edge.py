@@ -30,7 +30,7 @@ import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shared.config import RPC_ENGINES
@@ -55,6 +55,9 @@ from tests.bench.sides.stage import Stage, versions
 
 NATIVE = "native"
 ROUTE_COUNTS = (10, 1000)
+WORKER_COUNTS = (1, 2, 3, 4)
+# Fewer than any limit on calls at once that an edge learns (edge/concurrency.py).
+CONNECTIONS_PER_WORKER = 6
 HALF = 0.5
 # A latency is asked for this often on each side; the median counts.
 LATENCY_ROUNDS = 3
@@ -160,6 +163,23 @@ def growth_row(looker: Looker, stage: Stage) -> Row:
     return {**cpu_row(what, looks[many.name], looks[few.name]), "peer": None}
 
 
+def worker_rows(looker: Looker, stage: Stage) -> Iterable[Row]:
+    """CPU of the same GET, parent included, at several workers, each with as many connections."""
+    sides = [
+        replace(
+            stage.bare(f"{count} workers", workers=count),
+            connections=count * CONNECTIONS_PER_WORKER,
+        )
+        for count in WORKER_COUNTS
+    ]
+    looks = looker.rounds(sides, CALLS[0])
+    costs = [median(looks[side.name], "cpu_us") for side in sides]
+    for side, cost in zip(sides, costs, strict=True):
+        yield {**row(f"GET bare, {side.name}", "µs", cost, cost), "peer": None, "ratio": None}
+    what = f"GET bare growth, {WORKER_COUNTS[0]} to {WORKER_COUNTS[-1]} workers"
+    yield {**row(what, "µs", max(costs), min(costs)), "peer": None}
+
+
 def memory_rows(sides: Sides) -> Iterable[Row]:
     """Resident memory after the load."""
     for what, ours, peer in (
@@ -177,7 +197,7 @@ def run(effort: Effort) -> list[Row]:
         looker, sides = Looker(effort, stage.responder), Sides.on(stage)
         rows = [row for call in CALLS for row in rows_of(looker, sides, call)]
         rows += memory_rows(sides)
-        return [*rows, growth_row(looker, stage)]
+        return [*rows, growth_row(looker, stage), *worker_rows(looker, stage)]
 
 
 def main() -> None:
@@ -193,7 +213,7 @@ def main() -> None:
     tell(f"what is measured runs on core {sorted(MEASURED)}, all else on {sorted(BESIDE)}")
     rows = run(effort)
     print(f"\n{versions()}; {CONNECTIONS} connections")
-    print("Our edge runs one worker, as Envoy does; it has no others yet.\n")
+    print("Our edge runs one worker, as Envoy does, where a row does not say otherwise.\n")
     print_rows("edge", engines()[0], rows)
 
 

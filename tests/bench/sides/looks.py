@@ -47,11 +47,13 @@ class Side:
         name: as the rows call it.
         children: every process that counts; the first is the one asked.
         request: the bytes of a call, by its name; made anew for each look.
+        connections: over which it is asked.
     """
 
     name: str
     children: tuple[Child, ...]
     request: Callable[[str], bytes]
+    connections: int = CONNECTIONS
 
     def cpu_s(self) -> float:
         """CPU of all that counts, so far."""
@@ -116,7 +118,7 @@ class Looker:
             port=side.children[0].port,
             request=base64.b64encode(side.request(call.name)).decode(),
             duration_s=self._effort.look_s,
-            connections=CONNECTIONS,
+            connections=side.connections,
             body_bytes=call.body_bytes,
             rate_per_s=per_s,
         )

@@ -45,13 +45,14 @@ class Stage:
         self.responder = self._run("responder", environ=generated)
         self._auth = self._run("auth", str(folder))
 
-    def bare(self, name: str = "bare", route_count: int = 2) -> Side:
+    def bare(self, name: str = "bare", route_count: int = 2, workers: int = 1) -> Side:
         """The command that puts our edge in front of a stranger's server; it logs no requests."""
         [address] = free_addresses(1)
         contract = strangers(self.descriptors, route_count)
         upstream = f"127.0.0.1:{self.responder.port}"
         command = module("deploy.cli", "edge", "--allow-anonymous", "--upstream", upstream)
         command += ["--listen", str(address), "--descriptors", str(contract)]
+        command += ["--workers", str(workers)]
         environ = {**PLENTY, "TENFOLD_LOG_LEVEL": "warning"}
         edge = self._start(command, f"edge-{name}", port=address.port, environ=environ)
         return Side(name, (edge,), samples.http_request)
