@@ -65,16 +65,10 @@ class QuotaStore(Protocol):
 
 
 class LocalQuotas:
-    """See QuotaStore. What accounts themselves remember is all there is.
+    """See QuotaStore. What accounts themselves remember is all there is."""
 
-    Args:
-        clock: where time comes from.
-        part: of each quota that this process may spend; workers share it evenly.
-    """
-
-    def __init__(self, clock: Clock, *, part: float = 1.0) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._part = part
 
     def now_us(self) -> int:
         """See QuotaStore.now_us."""
@@ -83,7 +77,7 @@ class LocalQuotas:
     def decide_now(self, account: Account, cost_points: int, *, is_strict: bool) -> Verdict:
         """See QuotaStore.decide_now; nothing else counts, so a strict bucket is like any other."""
         del is_strict
-        return spend_here(account, cost_points, self.now_us(), part=self._part)
+        return spend_here(account, cost_points, self.now_us())
 
     async def decide(self, account: Account, cost_points: int, *, is_strict: bool) -> Verdict:
         """See QuotaStore.decide."""

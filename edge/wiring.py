@@ -1,7 +1,7 @@
 """The only place that chooses the edge's implementations."""
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,8 @@ from edge.upstream import Upstream
 from shared import log
 from shared.clock import Clock
 from shared.identity import IdentitySigner
+from shared.quota.gcra import Quota
+from shared.quota.keys import Level
 from shared.rpc.client import Channels, Upstreams
 from shared.rpc.tls import ClientTls
 from shared.telemetry.metrics import Metrics
@@ -192,7 +194,7 @@ async def _stand(
     plans: LivePlans,
 ) -> _Standing:
     open_streams = OpenStreams(config.streams_per_caller_max)
-    accounts = Accounts(plans.limit)
+    accounts = Accounts(_limits(config, around, plans))
     plans.on_change = accounts.forget
     guards = Guards(
         channels,
@@ -261,6 +263,20 @@ def live_plans(config: EdgeConfig, around: Surroundings, api: Api) -> LivePlans:
     return plans
 
 
+def _limits(
+    config: EdgeConfig, around: Surroundings, plans: LivePlans
+) -> Callable[[str, str, Level], Quota | None]:
+    """What an account may spend here; workers that count by themselves share each quota."""
+    if around.signer is not None or config.workers == 1:
+        return plans.limit
+
+    def share(bucket: str, tenant: str, level: Level) -> Quota | None:
+        quota = plans.limit(bucket, tenant, level)
+        return None if quota is None else quota.share(1 / config.workers)
+
+    return share
+
+
 async def _quota_stores(
     stack: AsyncExitStack,
     config: EdgeConfig,
@@ -269,8 +285,7 @@ async def _quota_stores(
     accounts: Accounts,
 ) -> tuple[QuotaStore, SlotStore]:
     if around.signer is None:
-        part = 1 / config.workers
-        return LocalQuotas(around.clock, part=part), LocalSlots(part=part)
+        return LocalQuotas(around.clock), LocalSlots(part=1 / config.workers)
     from edge.mesh import open_quotas
 
     opened = open_quotas(

@@ -293,6 +293,20 @@ def ask_slowly(edge: Edge) -> None:
 
 
 # Limits, and what it leaves alone
+def test_several_workers_say_once_where_they_serve_and_share_the_limits(shop, upstream, tmp_path):
+    arguments = ["--descriptors", str(shop.image), "--upstream", upstream, OPEN, "--workers", "2"]
+    limits = {"TENFOLD_EDGE_API_BURST_POINTS": "20", "TENFOLD_EDGE_API_POINTS_PER_S": "0.01"}
+    with running_edge(tmp_path, *arguments, environ=limits) as edge:
+        edge.until_said('"worker":1')
+        url = edge.client.base_url.join("/v1/items/tea")
+        statuses = [httpx.get(url).status_code for _ in range(60)]  # a connection each
+        assert edge.said.count("edge: ") == 1
+        edge.interrupt()
+        assert edge.exit_code() == 0
+    assert set(statuses) == {200, 429}
+    assert 10 <= statuses.count(200) <= 20
+
+
 def test_an_address_is_limited_without_any_other_server(shop, upstream, tmp_path):
     arguments = ("--descriptors", shop.image, "--upstream", upstream, OPEN)
     limits = {"TENFOLD_EDGE_API_BURST_POINTS": "3", "TENFOLD_EDGE_API_POINTS_PER_S": "0.01"}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import httpx
 import pytest
 
 from deploy.local import servers
@@ -214,6 +215,15 @@ def test_status_shows_every_process(mesh: Mesh) -> None:
     assert {process["name"] for process in status["processes"]} == NAMES
     assert all(process["memory_bytes"] > 2**20 for process in status["processes"])
     assert mesh.edge_url in tenfold("status", "--data", str(mesh.data)).stdout
+
+
+def test_edge_and_services_tell_their_metrics_on_loopback(mesh: Mesh) -> None:
+    mesh.sign_up_and_in()
+    told = {name: httpx.get(url).text for name, url in mesh.state["metrics"].items()}
+    assert all("//127.0.0.1:" in url for url in mesh.state["metrics"].values())
+    assert 'http_route="/v1/users:signUp"' in told["edge"]
+    answered = 'rpc_server_duration_seconds_count{rpc_grpc_status_code="OK",rpc_method="SignUp"'
+    assert answered in told["services"]
 
 
 def test_status_of_nothing_says_so(tmp_path: Path) -> None:

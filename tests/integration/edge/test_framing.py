@@ -9,7 +9,6 @@ import time
 import pytest
 
 from edge.config import EdgeConfig
-from shared import log
 from tests.integration.edge.behind import KNOWN
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: a\r\n"
@@ -218,6 +217,18 @@ REFUSED = {
 }
 
 
+async def refusals_logged(capfd, request_id: str) -> list[dict]:
+    """The lines of refusals of this request, once there is one."""
+    seen, until = "", time.monotonic() + 10
+    while True:
+        seen += capfd.readouterr().out
+        lines = [json.loads(line) for line in seen.splitlines() if request_id in line]
+        if found := [line for line in lines if line["event"] == "refused"]:
+            return found
+        assert time.monotonic() < until
+        await asyncio.sleep(0.02)
+
+
 @pytest.mark.parametrize(("sent", "status", "reason"), REFUSED.values(), ids=REFUSED.keys())
 async def test_what_is_refused_before_it_is_a_request_is_found_in_the_log_by_its_id(
     start_edge, capfd, sent, status, reason
@@ -229,10 +240,7 @@ async def test_what_is_refused_before_it_is_a_request_is_found_in_the_log_by_its
         assert (told["status"], told["reason"]) == (status, reason)
         assert f"x-request-id: {told['request_id']}".encode() in head
         assert (told["request_id"] == "mine") == (b"mine" in sent)
-        log.writer().flush()
-    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    ours = [line for line in lines if line.get("request_id") == told["request_id"]]
-    [line] = [line for line in ours if line["event"] == "refused"]
+        [line] = await refusals_logged(capfd, told["request_id"])
     assert (line["status"], line["reason"]) == (status, reason)
 
 

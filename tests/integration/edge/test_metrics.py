@@ -5,12 +5,14 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge.config import EdgeConfig
+from shared import telemetry
 from shared.telemetry.metrics import Metrics
 from shared.telemetry.scrapes import open_telemetry
 from tests.integration.edge.behind import KNOWN
@@ -18,6 +20,7 @@ from tests.integration.edge.conftest import Edge
 from tests.integration.edge.test_process import environment, running
 
 ROUTE = "/v1/{name=accounts/*}"
+NAMES_PAGE = Path(telemetry.__file__).with_name("README.md")
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,16 @@ async def test_no_path_that_a_caller_made_up_is_a_label(scraped):
     async with httpx.AsyncClient() as client:
         text = (await client.get(scraped.url)).text
     assert not re.search("made.?up", text)
+
+
+async def test_the_page_of_names_has_every_metric_of_an_edge(scraped):
+    async with httpx.AsyncClient() as client:
+        text = (await client.get(scraped.url)).text
+    names = {family.name for family in text_string_to_metric_families(text)}
+    page = NAMES_PAGE.read_text()
+    own = {name for name in names if not name.startswith(("process_", "python_"))}
+    assert len(own) > 10
+    assert not {name for name in own if f"`{name}" not in page}
 
 
 async def test_a_process_serves_its_metrics_beside_and_never_on_its_public_address(
