@@ -16,7 +16,7 @@ from edge.charges import Charge, Charges
 from edge.connect import refusal_of
 from edge.connect_calls import ConnectCalls
 from edge.cors import Cors, is_preflight
-from edge.deadlines import connect_timeout_of, timeout_of
+from edge.deadlines import asked_s, connect_timeout_of, timeout_of
 from edge.exchange import Exchange, address_block
 from edge.health import Readiness
 from edge.http1_request import Http1Request
@@ -56,6 +56,7 @@ _log = log.get_logger("edge")
 
 # The header with the client's deadline, and what reads it.
 _TIMEOUT = ("grpc-timeout", timeout_of)
+REQUEST_TIMEOUT = b"x-request-timeout"
 _CONNECT_TIMEOUT = ("connect-timeout-ms", connect_timeout_of)
 
 Step = Callable[[Exchange], Awaitable[None]]
@@ -363,6 +364,9 @@ class _Steps:
             default_s=policy.deadline_default_s,
             max_s=policy.deadline_max_s,
         )
+        if REQUEST_TIMEOUT in exchange.headers:
+            most_s = timeout_s if name.encode() in exchange.headers else policy.deadline_max_s
+            timeout_s = min(asked_s(exchange.header("x-request-timeout")), most_s)
         exchange.deadline_s = exchange.started_s + timeout_s
 
     async def _authenticate(self, exchange: Exchange) -> None:

@@ -17,11 +17,12 @@ from edge.auth import Authenticator
 from edge.client_streams import Requests, StreamLimits, collect
 from edge.compression import VARY, coded, codings_for, decoded, headers_of_coding, may_gain
 from edge.etags import Condition
-from edge.exchange import Exchange, address_block, too_large
+from edge.exchange import Exchange, address_block, spent_in_request, too_large
 from edge.fields import AnyMessage
 from edge.forwarding import Forwarding, headers_of, in_bytes, metadata_of
 from edge.gzipped import GzipStream
 from edge.http1_text import HeaderList
+from edge.idempotency import key_of, require_key
 from edge.json_text import Wrong
 from edge.negotiation import NO_CODINGS, Codings, require_media_type
 from edge.problem import ErrorTeller, problem_of
@@ -36,10 +37,9 @@ from edge.transcode import (
     set_request_id,
 )
 from edge.upstream import Caller, Reply, Upstream
-from shared.errors import DeadlineExceeded, InvalidRequest, TenfoldError
+from shared.errors import InvalidRequest, TenfoldError
 from shared.rpc.policy import Idempotency
 
-IDEMPOTENCY_KEY_CHARACTERS_MAX = 255
 # What W3C Trace Context §3.3.1.5 asks to carry at least; longer ones are dropped.
 TRACE_STATE_CHARACTERS_MAX = 512
 _TRACE_STATE = b"tracestate"
@@ -248,7 +248,7 @@ class Calls:
         """
         timeout_s = exchange.remaining_s()
         if timeout_s <= 0:
-            raise DeadlineExceeded("The time was spent before the call began.")
+            raise spent_in_request()
         if self._forwards:
             crossing = self._forwarding.of(exchange.call.method)
             extra = [*extra, *metadata_of(exchange, crossing)]
@@ -293,39 +293,24 @@ def fill_request_id(exchange: Exchange, message: AnyMessage) -> None:
     """Put the Idempotency-Key header into the request.
 
     Raises:
-        InvalidRequest: the header is too long, or differs from the request's own; or there is
+        InvalidRequest: the header is no key, or differs from the request's own; or there is
             neither, and the contract needs one.
     """
-    key = _idempotency_key(exchange)
+    key = key_of(exchange)
     if not exchange.call.takes_request_id:
         return
     if key:
         set_request_id(message, key)
     if not message.request_id:
-        _refuse_if_keyed(exchange)
+        require_key(exchange)
 
 
 def _key_of_stream(exchange: Exchange) -> list[tuple[str, str]]:
     """The Idempotency-Key as metadata: it names the call, and each message is only a part of it."""
-    key = _idempotency_key(exchange)
+    key = key_of(exchange)
     if not key:
-        _refuse_if_keyed(exchange)
+        require_key(exchange)
     return [("idempotency-key", key)] if key else []
-
-
-def _idempotency_key(exchange: Exchange) -> str:
-    key = exchange.header("idempotency-key")
-    if len(key) > IDEMPOTENCY_KEY_CHARACTERS_MAX:
-        most = IDEMPOTENCY_KEY_CHARACTERS_MAX
-        raise InvalidRequest.of_field("Idempotency-Key", f"must be at most {most} characters")
-    return key
-
-
-def _refuse_if_keyed(exchange: Exchange) -> None:
-    if exchange.call.method.policy.idempotency is Idempotency.KEYED:
-        raise InvalidRequest.of_field(
-            "Idempotency-Key", "this header is needed: a key of your own for each new effect"
-        )
 
 
 def _resume(exchange: Exchange, request: AnyMessage) -> None:

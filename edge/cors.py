@@ -17,6 +17,7 @@ ALLOWED_HEADERS = (
     "content-type",
     "grpc-timeout",
     "idempotency-key",
+    "x-request-timeout",
     "if-match",
     "if-none-match",
     "last-event-id",

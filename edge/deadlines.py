@@ -1,4 +1,9 @@
-"""How long a call may take: the contract's default, or what the client asks for, capped."""
+"""How long a call may take: the contract's default, or what the client asks for, capped.
+
+A client may ask in the words of its protocol (grpc-timeout, connect-timeout-ms), or in seconds by
+X-Request-Timeout, as plain HTTP clients and proxies do; of both, the shorter counts. Nothing that
+a client says goes beyond the contract's cap.
+"""
 
 import re
 
@@ -9,6 +14,19 @@ _TIMEOUT = re.compile(r"([0-9]{1,8})([HMSmun])")
 _UNIT_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 # Connect: a positive integer of at most ten digits; 0 is taken, and is over at once.
 _TIMEOUT_MS = re.compile(r"[0-9]{1,10}")
+# Seconds, with a fraction if need be.
+_SECONDS = re.compile(r"[0-9]{1,8}(?:\.[0-9]{1,6})?")
+
+
+def asked_s(header: str) -> float:
+    """The seconds that X-Request-Timeout asks for: "2", "0.5".
+
+    Raises:
+        HttpRefusal: the header is malformed.
+    """
+    if _SECONDS.fullmatch(header) is None:
+        raise HttpRefusal('X-Request-Timeout is a number of seconds: "2.5".')
+    return float(header)
 
 
 def timeout_of(header: str, *, default_s: float, max_s: float) -> float:

@@ -14,6 +14,7 @@ from edge.http1_text import HeaderList
 from edge.refusals import BodyTooLarge, ClientLeft, HttpRefusal, RequestTimeout
 from edge.request_ids import request_id_of
 from edge.routes import Route
+from shared.errors import DeadlineExceeded
 from shared.identity import PUBLIC, Principal
 
 # Blocks of addresses that were seen last; to work one out costs more than to route a request.
@@ -127,17 +128,21 @@ class Exchange:
         Raises:
             BodyTooLarge: it is longer than bytes_max; no more than that was read.
             RequestTimeout: it took longer than timeout_s.
+            DeadlineExceeded: the request's own deadline came first.
             ClientLeft: the client closed before it was whole.
         """
         chunks = BodyChunks(self, bytes_max=bytes_max, idle_s=timeout_s)
         if self.request.is_whole:
             return self._buffered_body(bytes_max)
         body = bytearray()
+        left_s = self.remaining_s()
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(min(timeout_s, left_s)):
                 while chunk := await chunks.next():
                     body += chunk
         except TimeoutError as error:
+            if left_s < timeout_s:
+                raise spent_in_request() from error
             raise RequestTimeout(f"The body took longer than {timeout_s:g} s.") from error
         return bytes(body)
 
@@ -257,6 +262,13 @@ class BodyChunks:
                 return await self._exchange.request.next_chunk()
         except TimeoutError as error:
             raise RequestTimeout(f"The body stopped for {self._idle_s:g} s.") from error
+
+
+def spent_in_request() -> DeadlineExceeded:
+    """The refusal of a request whose time was over before its call could begin."""
+    return DeadlineExceeded(
+        "The time was spent before the call began.", metadata={"where": "request"}
+    )
 
 
 def too_large(bytes_max: int) -> BodyTooLarge:

@@ -17,6 +17,7 @@ from edge.codec import CodecOptions
 from edge.contracts import Contracts
 from edge.fields import descriptor_of, is_map, map_fields, message_type
 from edge.forwarding import Crossing, Forwarding
+from edge.idempotency import BARE_KEY, QUOTED_KEY
 from edge.problem import CONTENT_TYPE
 from edge.query import is_json_leaf, is_text_leaf
 from edge.routes import ANY_METHOD, DEFAULT_JSON, Route, RouteTable
@@ -442,7 +443,12 @@ def _components(schemas: Schemas, *, is_google: bool, has_security: bool) -> dic
     error_type, error = (
         (aip193.CONTENT_TYPE, _GOOGLE_ERROR) if is_google else (CONTENT_TYPE, _PROBLEM)
     )
-    key_schema = {"type": "string", "minLength": 1, "maxLength": 255}
+    key_schema = {
+        "type": "string",
+        "pattern": f"^({BARE_KEY}|{QUOTED_KEY})$",
+        "minLength": 1,
+        "maxLength": 255,
+    }
     key: Schema = {
         "name": "Idempotency-Key",
         "in": "header",

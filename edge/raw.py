@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 
 from edge.exchange import BodyChunks, Exchange
 from edge.http1_text import HeaderList
+from edge.idempotency import key_of
 from edge.refusals import ClientLeft, HttpRefusal
 from edge.routes import Route
 from shared.errors import Internal, NotFound, TenfoldError, Unavailable
@@ -80,7 +81,7 @@ def raw_metadata(exchange: Exchange, *, public_url: str) -> list[tuple[str, str]
         value = exchange.header(name)
         if value:
             metadata.append((HEADER_KEY + name, value))
-    key = exchange.header("idempotency-key")
+    key = key_of(exchange)
     return [*metadata, ("idempotency-key", key)] if key else metadata
 
 

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from edge.contracts import MethodInfo
 from edge.guards import Guards, MethodGuard
 from edge.raw import RETRY_AFTER_S, STATUS_KEY
-from shared.errors import Internal, TenfoldError, Unavailable
+from shared.errors import DeadlineExceeded, Internal, TenfoldError, Unavailable
 from shared.identity import IDENTITY_METADATA_KEY, Principal
 from shared.rpc.context import REPLAYED_METADATA, REQUEST_ID_KEY
 from shared.rpc.header_block import Headers
@@ -143,6 +143,7 @@ class Upstream:
             )
         except TenfoldError as error:
             guard.note_error(error, rounds, began_s, caller.timeout_s)
+            _say_where(error)
             raise
         except BaseException:
             guard.note_nothing(rounds)
@@ -233,6 +234,7 @@ class UpstreamStream:
             message = await self._call.read()
         except TenfoldError as error:
             self._opening.fail(error)
+            _say_where(error)
             raise
         self._opening.succeed()
         return message if isinstance(message, Message) else None  # else it is grpc.aio.EOF
@@ -293,6 +295,12 @@ class UpstreamRawCall(UpstreamStream):
             await self._call.done_writing()
         except TenfoldError:
             self._write_has_failed = True  # as above
+
+
+def _say_where(error: TenfoldError) -> None:
+    """A client whose time is over learns that the service had it."""
+    if isinstance(error, DeadlineExceeded):
+        error.metadata.setdefault("where", "service")
 
 
 def _texts(metadata: Mapping[str, str | bytes]) -> Mapping[str, str]:

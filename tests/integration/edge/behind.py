@@ -16,7 +16,13 @@ from tenfold.auth.v1 import auth_pb2, auth_service_pb2, auth_service_pb2_grpc
 from tenfold.ledger.v1 import ledger_pb2, ledger_service_pb2, ledger_service_pb2_grpc
 from tenfold.media.v1 import media_pb2, media_service_pb2, media_service_pb2_grpc
 
-from shared.errors import FailedPrecondition, NotFound, Unauthenticated
+from shared.errors import (
+    FailedPrecondition,
+    IdempotencyInFlight,
+    IdempotencyKeyReused,
+    NotFound,
+    Unauthenticated,
+)
 from shared.identity import (
     ACCESS_TOKEN_AUDIENCE,
     ACCESS_TOKEN_ISSUER,
@@ -47,6 +53,10 @@ class Ledger(ledger_service_pb2_grpc.LedgerServiceServicer):
         self.contexts: list[Context] = []
         self.was_cut = asyncio.Event()
         self.transfers: dict[str, ledger_pb2.Transaction] = {}
+        self.asked: dict[str, str] = {}  # by request id: the description
+        self.running: set[str] = set()
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     async def GetAccount(self, request: Any, context: Context) -> Any:
         self.contexts.append(context)
@@ -69,9 +79,16 @@ class Ledger(ledger_service_pb2_grpc.LedgerServiceServicer):
         self.contexts.append(context)
         if request.amount.minor_units > 1_000_000:
             raise InsufficientFunds("There is not enough.", metadata={"available": "7"})
+        first = self.asked.setdefault(request.request_id, request.description)
+        if first != request.description:
+            raise IdempotencyKeyReused("This key came with another request.")
         if request.request_id in self.transfers:
             context.mark_replayed()
             return self.transfers[request.request_id]
+        if request.request_id in self.running:
+            raise IdempotencyInFlight("The first one is still running.", retry_after_s=1)
+        self.running.add(request.request_id)
+        await self.gate.wait()
         made = ledger_pb2.Transaction(
             name=f"transactions/{uuid4()}", description=request.description
         )

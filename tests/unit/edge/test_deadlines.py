@@ -1,6 +1,6 @@
 import pytest
 
-from edge.deadlines import connect_timeout_of, timeout_of
+from edge.deadlines import asked_s, connect_timeout_of, timeout_of
 from edge.refusals import HttpRefusal
 
 
@@ -31,3 +31,14 @@ def test_a_malformed_timeout_is_refused(read, header):
 
 def test_a_default_beyond_the_cap_is_cut():
     assert timeout_of("", default_s=90, max_s=60) == 60
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("2", 2), ("0.25", 0.25), ("0", 0)])
+def test_plain_clients_ask_in_seconds(header, seconds):
+    assert asked_s(header) == seconds
+
+
+@pytest.mark.parametrize("header", ["", "-1", "1e3", "2s", "inf", " 2", ".5", "2.", "1, 2", "٢"])
+def test_malformed_seconds_are_refused_by_the_header_s_name(header):
+    with pytest.raises(HttpRefusal, match="X-Request-Timeout"):
+        asked_s(header)
