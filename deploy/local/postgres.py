@@ -267,6 +267,16 @@ async def ensure_databases(
         await admin.close(timeout=CONNECT_TIMEOUT_S)
 
 
+async def promote(site: Site, replica: Address) -> None:
+    """Make a replica the primary; the old one must not run any more."""
+    admin = await asyncpg.connect(site.admin_dsn(replica), timeout=CONNECT_TIMEOUT_S)
+    try:
+        if not await admin.fetchval("SELECT pg_promote(wait_seconds => 30)"):
+            raise LaunchError(f"The replica at {replica} was not promoted in 30 s: see its log.")
+    finally:
+        await admin.close(timeout=CONNECT_TIMEOUT_S)
+
+
 def _make_data(site: Site, node: str, make: Callable[[Path], None]) -> None:
     data, partial = site.data_of(node), site.folder / f"{node}.partial"
     if data.exists():

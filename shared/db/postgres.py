@@ -33,8 +33,9 @@ from shared.db.ids import bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S, bounded
 from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
 from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction, only
-from shared.db.postgres_connection import ERRORS, Connection, Server, translate
+from shared.db.postgres_connection import ERRORS, Connection, Server, Unreachable, translate
 from shared.db.postgres_pool import Pool
+from shared.db.postgres_primary import Primary
 from shared.db.postgres_shards import Plan, prepare
 from shared.db.shards import BucketMap
 from shared.db.sql import OWNED_STATES, STATEMENTS_CACHED_MAX
@@ -180,7 +181,7 @@ class PostgresShard:
     """See Shard. One database: connections that write, connections that read."""
 
     index: int
-    server: Server
+    primary: Primary
     service: str
     clock: Clock
     writers: Pool
@@ -201,18 +202,22 @@ class PostgresShard:
         return await self._fetch(sql, *arguments)
 
     async def _fetch(self, sql: str, *arguments: object) -> list[dict[str, Any]]:
-        tries_left = _TRIES_ON_LOST_CONNECTION
-        while True:
-            connection = await self.readers.take()
-            try:
-                return await connection.fetch(sql, arguments)
-            except Unavailable:
-                tries_left -= 1
-                if connection.is_usable or not tries_left:
-                    raise
-                self.readers.expire()  # the server has restarted: what is idle is dead as well
-            finally:
-                self.readers.give_back(connection)
+        try:
+            return await self._fetch_once(sql, *arguments)
+        except Unreachable:
+            if not await self.follow():
+                raise
+        except Unavailable:
+            # The connection was lost, perhaps long ago, when the server restarted: ask again.
+            await self.follow()
+        return await self._fetch_once(sql, *arguments)
+
+    async def _fetch_once(self, sql: str, *arguments: object) -> list[dict[str, Any]]:
+        connection = await self.readers.take()
+        try:
+            return await connection.fetch(sql, arguments)
+        finally:
+            self.readers.give_back(connection)
 
     async def fetch_owned(self, bucket: int, sql: str, *arguments: object) -> Sequence[Row]:
         """Rows of a statement on one bucket, if this shard may speak for it.
@@ -285,12 +290,15 @@ class PostgresShard:
         try:
             return bool(await self.fetch_all(_END_BACKEND, pid, started))
         except Unavailable:
+            await self.follow()
             return True  # ask again until the time is over
 
-    def expire(self) -> None:
-        """The server has gone or changed its role: connect anew."""
-        self.writers.expire()
-        self.readers.expire()
+    async def follow(self) -> bool:
+        """Connect anew, to whichever host is the primary now; whether that is another one."""
+        is_other = len(self.primary.server.hosts) > 1 and await self.primary.find()
+        self.writers.expire(is_other=is_other)
+        self.readers.expire(is_other=is_other)
+        return is_other
 
     async def close(self) -> None:
         """Close every connection; safe to repeat."""
@@ -503,12 +511,12 @@ class BucketTurn:
                 raise IdempotencyInFlight(
                     "the first request under this id is still running", retry_after_s=RETRY_AFTER_S
                 ) from error
-            except Unavailable:
-                # Nothing has begun. A connection may have been dead since the server restarted.
+            except Unavailable as error:
+                # Nothing has begun, so it may be begun again.
                 tries_left -= 1
-                if not tries_left:
+                is_other = await shard.follow()
+                if not tries_left or (isinstance(error, Unreachable) and not is_other):
                     raise
-                shard.expire()
 
     async def __aexit__(
         self,
@@ -639,14 +647,14 @@ async def open_postgres_shards(
     shards = [
         PostgresShard(
             index=index,
-            server=server,
+            primary=primary,
             service=service,
             clock=clock,
-            writers=Pool(server, tenants, WRITERS_MAX),
-            readers=Pool(server, tenants, READERS_MAX),
+            writers=Pool(primary, tenants, WRITERS_MAX),
+            readers=Pool(primary, tenants, READERS_MAX),
             on_outbox=on_outbox,
         )
-        for index, server in enumerate(servers)
+        for index, primary in enumerate(prepared.primaries)
     ]
     try:
         yield PostgresShards(shards, prepared.bucket_map, secret, on_outbox)

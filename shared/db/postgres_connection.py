@@ -10,7 +10,7 @@ import math
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -39,6 +39,10 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
 UNACKNOWLEDGED_MS_MAX = 20_000
 
 
+class Unreachable(Unavailable):
+    """Nobody takes connections at the shard's primary; nothing has been asked."""
+
+
 @dataclass(frozen=True)
 class Server:
     """Where a shard is.
@@ -47,11 +51,17 @@ class Server:
         dsn: of one host and one database, with the password.
         name: "shard 2 of payment", for messages.
         application: how connections show in pg_stat_activity.
+        hosts: the DSNs of all its hosts, this one among them; any may be the primary.
     """
 
     dsn: str
     name: str
     application: str
+    hosts: tuple[str, ...] = ()
+
+    def at(self, dsn: str) -> "Server":
+        """The same shard at another of its hosts."""
+        return replace(self, dsn=dsn)
 
     def __str__(self) -> str:
         """For the operator: no user, no password."""
@@ -134,18 +144,38 @@ class Connection:
         self.raw.terminate()
 
 
-async def open_connection(server: Server, tenants: TenantCheck) -> Connection:
-    """Connect, with our settings.
+# The first eight characters of a WAL file's name (spec/data.md §4).
+TIMELINE = "('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::bigint"
+_WHO = f"""
+SELECT pid, backend_start AS started,
+       CASE WHEN pg_is_in_recovery() THEN 0 ELSE {TIMELINE} END AS timeline
+FROM pg_stat_activity WHERE pid = pg_backend_pid()
+"""  # noqa: S608 - an expression of ours
+
+
+async def open_connection(
+    server: Server, tenants: TenantCheck, *, timeline_min: int = 0
+) -> Connection:
+    """Connect to a primary, with our settings.
+
+    Args:
+        server: where.
+        tenants: checks each statement.
+        timeline_min: a primary on an older one is of the past.
 
     Raises:
-        Unavailable: nobody answers there, or it refuses us; the sentence names the shard.
+        Unreachable: nobody answers there, or it refuses us; the sentence names the shard.
     """
     try:
         raw = await connect(server)
         with _closing_on_failure(raw):
             row = await raw.fetchrow(_WHO)
+            if row["timeline"] < max(timeline_min, 1):
+                raise Unavailable(
+                    f"{server.name} has no primary there", retry_after_s=RETRY_AFTER_S
+                )
     except ERRORS as error:
-        raise Unavailable(
+        raise Unreachable(
             f"{server.name} cannot be reached", retry_after_s=RETRY_AFTER_S
         ) from error
     return Connection(raw, tenants, Backend(row["pid"], row["started"]))
@@ -158,9 +188,6 @@ def _closing_on_failure(raw: Any) -> Iterator[None]:  # noqa: ANN401 - asyncpg i
     except BaseException:
         raw.terminate()
         raise
-
-
-_WHO = "SELECT pid, backend_start AS started FROM pg_stat_activity WHERE pid = pg_backend_pid()"
 
 
 async def connect(server: Server) -> Any:  # noqa: ANN401 - asyncpg is untyped

@@ -1,4 +1,4 @@
-"""Connections to one host: few, opened when needed, waited for within bounds.
+"""Connections to a shard's primary: few, opened when needed, waited for within bounds.
 
 asyncpg's own pool waits without a limit and spends a round trip on resetting each connection
 that comes back. Ours has nothing to reset: all that we set ends with its transaction.
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from shared import deadline
 from shared.db.limits import CLOSE_S_MAX, RETRY_AFTER_S
-from shared.db.postgres_connection import Connection, Server, open_connection
+from shared.db.postgres_connection import Connection, Unreachable, open_connection
+from shared.db.postgres_primary import Primary
 from shared.db.tenancy import TenantCheck
 from shared.errors import DeadlineExceeded, Overloaded, Unavailable
 
@@ -31,12 +32,12 @@ class Pool:
     """Lends connections, the last returned first.
 
     Attributes:
-        server: where to.
+        primary: says where to.
         tenants: checks each statement.
         size_max: open at once.
     """
 
-    server: Server
+    primary: Primary
     tenants: TenantCheck
     size_max: int
     _idle: list[Connection] = field(default_factory=list)
@@ -70,7 +71,7 @@ class Pool:
         Raises:
             Overloaded: too many wait, or have waited too long.
             DeadlineExceeded: the caller's time was spent waiting.
-            Unavailable: the server cannot be reached.
+            Unreachable: nobody takes connections there.
         """
         if self._is_closed:
             raise Unavailable("the database is closing", retry_after_s=RETRY_AFTER_S)
@@ -119,9 +120,13 @@ class Pool:
         """Open a connection for a slot that has been taken; gives the slot back on failure."""
         if time.monotonic() < self._refused_until_s:
             self._slots.release()
-            raise Unavailable(f"{self.server.name} cannot be reached", retry_after_s=RETRY_AFTER_S)
+            name = self.primary.server.name
+            raise Unreachable(f"{name} cannot be reached", retry_after_s=RETRY_AFTER_S)
         # A task of its own: asyncpg leaves things behind when it is cancelled while connecting.
-        opening = asyncio.create_task(open_connection(self.server, self.tenants))
+        primary = self.primary
+        opening = asyncio.create_task(
+            open_connection(primary.server, self.tenants, timeline_min=primary.timeline)
+        )
         self._opening.add(opening)
         limit = asyncio.timeout(deadline.remaining_s())
         try:
@@ -149,8 +154,10 @@ class Pool:
             opening.result().dies_at_s = _end_of_life_s()
             self._idle.append(opening.result())
 
-    def expire(self) -> None:
-        """Close what is idle: the server behind it has gone or changed its role."""
+    def expire(self, *, is_other: bool = False) -> None:
+        """Close what is idle: the server behind it has gone, or another is the primary now."""
+        if is_other:
+            self._refused_until_s = 0.0
         while self._idle:
             self._idle.pop().terminate()
 

@@ -5,18 +5,20 @@ the first shard's schema `tenfold_control` before any shard takes its buckets fr
 """
 
 import asyncio
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from shared.db.errors import DatabaseRefused, MigrationRefused
 from shared.db.limits import CLOSE_S_MAX
 from shared.db.migrate import FRAMEWORK_MIGRATIONS, Migration, load_migrations, tables_made_by
-from shared.db.postgres_connection import ERRORS, Server, connect
+from shared.db.postgres_connection import ERRORS, TIMELINE, Server, connect
 from shared.db.postgres_migrate import migrate_postgres, own_tables
+from shared.db.postgres_primary import Primary
 from shared.db.shards import SHARD_COUNT_MAX, BucketMap, CoverageBroken
 from shared.db.sql import OWNED_STATES
 
@@ -26,6 +28,7 @@ _CONTROL_TABLES = """
 CREATE SCHEMA IF NOT EXISTS tenfold_control;
 CREATE TABLE IF NOT EXISTS tenfold_control.shard (
     shard_id bigint PRIMARY KEY, weight bigint NOT NULL, state text NOT NULL);
+ALTER TABLE tenfold_control.shard ADD COLUMN IF NOT EXISTS timeline bigint NOT NULL DEFAULT 0;
 CREATE TABLE IF NOT EXISTS tenfold_control.bucket_map (
     bucket smallint PRIMARY KEY, shard_id bigint NOT NULL, epoch bigint NOT NULL);
 """
@@ -36,6 +39,7 @@ SELECT number - 1, shard_id, 1 FROM unnest($1::bigint[]) WITH ORDINALITY AS all_
 _INSERT_SHARD = """
 INSERT INTO tenfold_control.shard (shard_id, weight, state) VALUES ($1, 1, 'ACTIVE')
 """
+_SET_TIMELINE = "UPDATE tenfold_control.shard SET timeline = $2 WHERE shard_id = $1"
 _CLAIM_SHARD = """
 INSERT INTO tenfold_shard (one, shard_id, timeline, schema_version) VALUES (1, $1, $2, $3)
 """
@@ -43,8 +47,7 @@ _CLAIM_BUCKETS = """
 INSERT INTO tenfold_bucket (bucket, state, epoch)
 SELECT number, 'ACTIVE', 1 FROM unnest($1::int[]) AS number
 """
-# The first eight characters of a WAL file's name are the timeline (spec/data.md §4).
-_TIMELINE = "SELECT ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::bigint"
+_BETWEEN_SHARDS = re.compile(r",\s*(?=[a-z]+://)")
 _OWNED = f"SELECT bucket FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
 
 
@@ -63,9 +66,11 @@ class Prepared:
     """Databases that are ready to be served.
 
     Attributes:
+        primaries: by shard index.
         tenant_tables: which no statement may use without tenant.
     """
 
+    primaries: Sequence[Primary]
     bucket_map: BucketMap
     tenant_tables: frozenset[str]
 
@@ -74,35 +79,44 @@ def parse_servers(text: str, *, service: str) -> list[Server]:
     """The shards that a setting names, in order.
 
     Args:
-        text: DSNs of one database each, separated by commas: "postgresql://user:password@host/db".
+        text: a DSN for each shard, separated by commas: "postgresql://user:password@host/db"; its
+            hosts, if it has several, too: "postgresql://user:password@host1:5432,host2:5432/db".
         service: whose.
 
     Raises:
         ValueError: one is malformed or named twice; the sentence says which, and no password.
     """
-    dsns = [dsn.strip() for dsn in text.split(",") if dsn.strip()]
+    dsns = [dsn.strip() for dsn in _BETWEEN_SHARDS.split(text) if dsn.strip(" ,")]
     if not 1 <= len(dsns) <= SHARD_COUNT_MAX:
         raise ValueError(f"it names {len(dsns)} shards: it must be 1 to {SHARD_COUNT_MAX}")
-    for index, dsn in enumerate(dsns):
-        _refuse_malformed(dsn, index)
-    places = [urlsplit(dsn)._replace(query="", fragment="").geturl() for dsn in dsns]
+    shards = [_hosts_of(dsn, index) for index, dsn in enumerate(dsns)]
+    places = [urlsplit(dsn)._replace(query="").geturl() for hosts in shards for dsn in hosts]
     if len(set(places)) < len(places):
         raise ValueError("it names one database twice")
     return [
-        Server(dsn, f"shard {index} of {service}", f"tenfold-{service}")
-        for index, dsn in enumerate(dsns)
+        Server(hosts[0], f"shard {index} of {service}", f"tenfold-{service}", hosts)
+        for index, hosts in enumerate(shards)
     ]
 
 
-def _refuse_malformed(dsn: str, index: int) -> None:
-    wanted = "it must be postgresql://user:password@host:port/database"
+def _hosts_of(dsn: str, index: int) -> tuple[str, ...]:
+    """One DSN for each host: asyncpg's own way with several gives up at the first that starts."""
     try:
         parts = urlsplit(dsn)
-        is_whole = bool(parts.hostname and parts.path.strip("/")) and parts.port != 0
     except ValueError:
-        is_whole = False
-    if not is_whole or parts.scheme not in {"postgresql", "postgres"}:
-        raise ValueError(f"shard {index}: {wanted}")
+        parts = urlsplit("")
+    credentials, at, hosts = parts.netloc.rpartition("@")
+    found = [parts._replace(netloc=f"{credentials}{at}{host}") for host in hosts.split(",")]
+    if parts.scheme not in {"postgresql", "postgres"} or not all(map(_is_whole, found)):
+        raise ValueError(f"shard {index}: it must be postgresql://user:password@host:port/database")
+    return tuple(one.geturl() for one in found)
+
+
+def _is_whole(parts: SplitResult) -> bool:
+    try:
+        return bool(parts.hostname and parts.path.strip("/")) and parts.port != 0
+    except ValueError:
+        return False
 
 
 async def prepare(plan: Plan) -> Prepared:
@@ -114,12 +128,15 @@ async def prepare(plan: Plan) -> Prepared:
     migrations = load_migrations(FRAMEWORK_MIGRATIONS, area="framework", engine="postgres")
     framework = tables_made_by(migrations)
     migrations += load_migrations(plan.migrations, area=plan.service, engine="postgres")
-    connections = await _connect_all(plan.servers)
+    primaries = [Primary(server) for server in plan.servers]
+    await asyncio.gather(*(primary.find() for primary in primaries))
+    servers = [primary.server for primary in primaries]
+    connections = await _connect_all(servers)
     try:
-        await _migrate_all(plan.servers, connections, migrations)
-        hint = await _planned(plan, connections[0])
+        await _migrate_all(servers, connections, migrations)
+        hint = await _planned(plan, connections[0], primaries)
         owned = {
-            index: await _claim(plan.servers[index], connection, index, hint, len(migrations))
+            index: await _claim(servers[index], connection, index, hint, len(migrations))
             for index, connection in enumerate(connections)
         }
         tenant_tables = await own_tables(connections[0], framework)
@@ -134,7 +151,7 @@ async def prepare(plan: Plan) -> Prepared:
             f"the shards of {plan.service} do not hold every bucket once: {error}. Name all of "
             "them, in the order in which they were made"
         ) from error
-    return Prepared(bucket_map, tenant_tables)
+    return Prepared(primaries, bucket_map, tenant_tables)
 
 
 async def _connect_all(servers: Sequence[Server]) -> list[Any]:
@@ -182,7 +199,11 @@ async def _migrate_all(
         raise MigrationRefused("; ".join(failures))
 
 
-async def _planned(plan: Plan, control: Any) -> BucketMap:  # noqa: ANN401
+async def _planned(
+    plan: Plan,
+    control: Any,  # noqa: ANN401
+    primaries: Sequence[Primary],
+) -> BucketMap:
     """The plan of these shards: made now if they are new, else what they were made with."""
     async with control.transaction():
         await control.execute(f"SELECT pg_advisory_xact_lock({_PLANNING})")
@@ -203,7 +224,21 @@ async def _planned(plan: Plan, control: Any) -> BucketMap:  # noqa: ANN401
             )
         for index in range(known, len(plan.servers)):
             await control.execute(_INSERT_SHARD, index)
+        await _remember_timelines(control, primaries)
     return hint
+
+
+async def _remember_timelines(control: Any, primaries: Sequence[Primary]) -> None:  # noqa: ANN401
+    """What a process that starts anew knows of promotions, if only the old primary answers it."""
+    rows = await control.fetch("SELECT shard_id, timeline FROM tenfold_control.shard")
+    seen = {row["shard_id"]: row["timeline"] for row in rows}
+    for index, primary in enumerate(primaries):
+        if primary.timeline < seen[index]:
+            raise DatabaseRefused(
+                f"{primary.server} is a primary of the past (timeline {primary.timeline}, and "
+                f"{seen[index]} was promoted): stop it, and start the one that was promoted"
+            )
+        await control.execute(_SET_TIMELINE, index, primary.timeline)
 
 
 async def _claim(
@@ -218,7 +253,7 @@ async def _claim(
         await connection.execute(f"SELECT pg_advisory_xact_lock({_PLANNING})")
         shard_id = await connection.fetchval("SELECT shard_id FROM tenfold_shard")
         if shard_id is None:
-            timeline = await connection.fetchval(_TIMELINE)
+            timeline = await connection.fetchval(f"SELECT {TIMELINE}")
             await connection.execute(_CLAIM_SHARD, index, timeline, schema_version)
             await connection.execute(_CLAIM_BUCKETS, hint.buckets_of(index))
         elif shard_id != index:

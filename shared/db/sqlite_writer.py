@@ -64,7 +64,7 @@ class Turn:
 
     async def fetch(self, sql: str, arguments: tuple[object, ...]) -> list[Row]:
         """Every row of a statement."""
-        self._require_open()
+        self.require_whole()
         try:
             return await self.connection.fetch(sql, arguments)
         except BaseException as error:
@@ -73,7 +73,7 @@ class Turn:
 
     async def execute(self, sql: str, arguments: tuple[object, ...]) -> int:
         """The number of rows that a statement changed."""
-        self._require_open()
+        self.require_whole()
         try:
             return await self.connection.execute(sql, arguments)
         except BaseException as error:
@@ -87,7 +87,8 @@ class Turn:
         await self.connection.run(_ROLLBACK_TO)
         self.has_outbox, self.broken = False, ""
 
-    def _require_open(self) -> None:
+    def require_whole(self) -> None:
+        """Refuse to go on, or to keep anything, after a failure: as Postgres does."""
         if self.ended.done():
             raise ValueError("this transaction is over")
         if self.broken:
@@ -135,6 +136,7 @@ class Writer:
                 bounded(limits.TURN_S_MAX, limits.TURN_TOO_LONG),
             ):
                 yield turn
+            turn.require_whole()
         except BaseException as error:
             turn.end(keep=False)
             if isinstance(error, TenfoldError) and turn.given.done():

@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+from contextlib import suppress
 from itertools import permutations
 from uuid import UUID
 
@@ -86,6 +87,17 @@ async def test_a_violated_rule_is_named_and_ends_the_transaction(shards):
             with pytest.raises(UniqueViolation):
                 await add_thing(tx, "a")
             await add_thing(tx, "after")
+    assert await labels(shards) == ["a"]
+
+
+async def test_a_violation_that_the_caller_swallows_still_undoes_the_transaction(shards):
+    async with shards.bucket(NEAR).transaction() as tx:
+        await add_thing(tx, "a")
+    with pytest.raises(ValueError, match="failed earlier"):
+        async with shards.bucket(NEAR).transaction() as tx:
+            await add_thing(tx, "b")
+            with suppress(UniqueViolation):
+                await add_thing(tx, "a")
     assert await labels(shards) == ["a"]
 
 

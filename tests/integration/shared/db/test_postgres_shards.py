@@ -173,6 +173,8 @@ async def test_a_shard_that_cannot_be_used_is_named_without_its_password(place, 
         "postgresql:///things",
         "host:5432/things",
         "postgresql://a:b@host:none/things",
+        "postgresql://a:b@host,/things",
+        "postgresql://a:b@host,host/things",
         "postgresql://a:b@host/things,postgresql://a:b@host/things",
         ",".join(f"postgresql://host/t{number}" for number in range(65)),
         ",",
@@ -183,6 +185,14 @@ def test_a_setting_that_is_no_list_of_databases_is_refused_by_name(tmp_path: Pat
     with pytest.raises(ConfigError, match="TENFOLD_PAYMENT_DATABASE is not allowed") as caught:
         open_shards(settings, secret=SECRET, clock=clock)
     assert "a:b" not in str(caught.value)
+
+
+def test_a_shard_may_have_several_hosts_each_with_the_same_credentials():
+    one, two = parse_servers(
+        "postgresql://u:p@h1:1,h2:2/a,postgresql://u:p@[::1]:3/b?ssl=require", service="payment"
+    )
+    assert one.hosts == ("postgresql://u:p@h1:1/a", "postgresql://u:p@h2:2/a")
+    assert two.hosts == ("postgresql://u:p@[::1]:3/b?ssl=require",)
 
 
 def test_a_server_is_told_without_its_user_and_password():
