@@ -112,7 +112,7 @@ WHERE created_us >= $1 AND tenfold_owned(bucket)
 DELETE_REVOCATIONS = """
 DELETE FROM revocation
 /* any tenant: the sweeper serves them all */
-WHERE forget_us < $1 AND tenfold_owned(bucket)
+WHERE forget_us < $1 AND tenfold_writable(bucket)
 """
 
 INSERT_SERVICE_ACCOUNT = """

@@ -11,6 +11,9 @@ a relay killed in between publishes again, under the same message id.
 One relay per shard holds a lease. A relay that lost it without noticing (frozen, then
 woken) can only publish duplicates, which the stream and the consumers' inboxes drop.
 
+A bucket on its way to another shard is relayed where it may be written: what was published
+and could not be marked before it left is published again from there, and dropped as above.
+
 The broker may forget: rows stay for a while after they were sent, each with the stream
 (and its birth) that took it and its sequence there. When a stream was made anew, or ends
 before a row's sequence, the row is published again.
@@ -64,7 +67,7 @@ PUBLISHED_NOT_MARKED = CrashPoint(
 SELECT_UNSENT = f"""
 SELECT seq, bucket, event_id, aggregate, event_no, subject, headers, payload, tenant,
        created_at_us
-FROM outbox WHERE sent = 0 AND seq > $1 ORDER BY seq LIMIT {PAGE_ROWS}
+FROM outbox WHERE sent = 0 AND seq > $1 AND tenfold_writable(bucket) ORDER BY seq LIMIT {PAGE_ROWS}
 """  # noqa: S608 -- a constant of ours
 TAKE_LEASE = """
 INSERT INTO tenfold_lease (name, holder, token, expires_at_us) VALUES ($1, $2, 1, $3)
@@ -76,22 +79,30 @@ WHERE tenfold_lease.holder = excluded.holder OR tenfold_lease.expires_at_us < $4
 RELEASE_LEASE = "UPDATE tenfold_lease SET expires_at_us = 0 WHERE name = $1 AND holder = $2"
 MARK_SENT = """
 UPDATE outbox SET sent = 1, ack_stream = $1, ack_seq = acked.column2
-FROM (VALUES {}) AS acked WHERE outbox.seq = acked.column1
+FROM (VALUES {}) AS acked WHERE outbox.seq = acked.column1 AND tenfold_writable(outbox.bucket)
 """
-MARK_UNSENT = "UPDATE outbox SET sent = 0 WHERE seq IN ({})"
-DELETE_SENT = "DELETE FROM outbox WHERE sent = 1 AND seq IN ({})"
+MARK_UNSENT = "UPDATE outbox SET sent = 0 WHERE seq IN ({}) AND tenfold_writable(bucket)"
+DELETE_SENT = """
+DELETE FROM outbox WHERE sent = 1 AND seq IN ({}) AND tenfold_writable(bucket)
+"""
 SELECT_FORGOTTEN = f"""
 SELECT seq FROM outbox
 WHERE sent = 1 AND ack_stream >= $1 AND ack_stream < $2 AND (ack_stream <> $3 OR ack_seq > $4)
+    AND tenfold_writable(bucket)
 ORDER BY seq LIMIT {SWEEP_ROWS}
 """  # noqa: S608
 SELECT_OLD_SENT = f"""
-SELECT seq FROM outbox WHERE sent = 1 AND created_at_us < $1 LIMIT {SWEEP_ROWS}
+SELECT seq FROM outbox
+WHERE sent = 1 AND created_at_us < $1 AND tenfold_writable(bucket) LIMIT {SWEEP_ROWS}
 """  # noqa: S608
 SELECT_OLD_INBOX = f"""
-SELECT bucket, consumer, msg_id FROM inbox WHERE at_us < $1 LIMIT {SWEEP_ROWS}
+SELECT bucket, consumer, msg_id FROM inbox
+WHERE at_us < $1 AND tenfold_writable(bucket) LIMIT {SWEEP_ROWS}
 """  # noqa: S608
-DELETE_INBOX = "DELETE FROM inbox WHERE bucket = $1 AND consumer = $2 AND msg_id = $3"
+DELETE_INBOX = """
+DELETE FROM inbox
+WHERE bucket = $1 AND consumer = $2 AND msg_id = $3 AND tenfold_writable(bucket)
+"""
 
 Key = tuple[int, str]
 """(bucket, what the row is numbered under): what keeps its order."""

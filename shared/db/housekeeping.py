@@ -17,7 +17,7 @@ PAGE_ROWS = 500
 _DELETE_OLD = f"""
 DELETE FROM idempotency WHERE (bucket, scope, key) IN (
     SELECT bucket, scope, key FROM idempotency
-    WHERE created_at_us < $1 AND tenfold_owned(bucket)
+    WHERE created_at_us < $1 AND tenfold_writable(bucket)
     ORDER BY created_at_us LIMIT {PAGE_ROWS})
 """  # noqa: S608 - a constant of ours
 

@@ -5,9 +5,10 @@ A file is `0001_what.sql` for both engines, or `0001_what.sqlite.sql` and
 its SHA-256: a file that was changed or removed later is refused, and so is a data folder
 that a newer version wrote.
 
-Two kinds of triggers are generated for every table, so that no hand-written SQL can
+Three kinds of triggers are generated for every table, so that no hand-written SQL can
 forget them: a table with a `bucket` takes writes only while the shard may write that
-bucket, and the `version` of a row grows by one with each update.
+bucket, what is written of a bucket on the move is marked, and the `version` of a row grows
+by one with each update.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.db.errors import DatabaseDamaged, DatabaseRefused, MigrationRefused
+from shared.db.move.sqlite_shapes import capture_triggers, shape_of
 from shared.db.sql import WRITABLE_STATES, to_sqlite
 
 Engine = Literal["sqlite", "postgres"]
@@ -266,6 +268,9 @@ def _triggers(connection: sqlite3.Connection) -> Iterator[tuple[str, str]]:
         names = {column[1] for column in columns}
         if "bucket" in names:
             yield from _guard_triggers(table)
+            shape = shape_of(connection, table)
+            if shape is not None:
+                yield from capture_triggers(shape)
         if "version" in names:
             key = [column[1] for column in columns if column[5] > 0]
             yield from _version_triggers(table, key)

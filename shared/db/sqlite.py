@@ -11,7 +11,7 @@ take the last commits.
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
@@ -21,8 +21,12 @@ from shared.clock import Clock, to_us
 from shared.db import once as once_rules
 from shared.db import sqlite_files
 from shared.db.crash_points import CLAIMED_NOT_EFFECTED
+from shared.db.errors import BucketElsewhere, DatabaseRefused
+from shared.db.following import Following, moving
 from shared.db.ids import BUCKET_COUNT, bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S
+from shared.db.move.port import MoveFailed
+from shared.db.move.sqlite_control import SqliteControl
 from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
 from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction, only
 from shared.db.shards import BucketMap
@@ -34,13 +38,15 @@ from shared.db.sqlite_connection import (
     open_connection,
 )
 from shared.db.sqlite_writer import Turn, Writer
-from shared.errors import DeadlineExceeded, FailedPrecondition, Overloaded, Unavailable
+from shared.errors import DeadlineExceeded, FailedPrecondition, Overloaded
 
 READERS_MAX = 4
 READS_WAITING_MAX = 1024
 READ_S_MAX = 10.0
 _OWNED = f"SELECT bucket, epoch FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
 _WRITABLE = f"SELECT bucket FROM tenfold_bucket WHERE state IN {WRITABLE_STATES}"  # noqa: S608
+_OWNS = f"SELECT 1 AS owns FROM tenfold_bucket WHERE bucket = $1 AND state IN {OWNED_STATES}"  # noqa: S608
+_HELD = "SELECT state, peer FROM tenfold_bucket WHERE bucket = $1"
 _GUARD = """
 CREATE TEMP TRIGGER admitted_{table}_{operation} BEFORE {operation} ON main.{table}
 WHEN NOT tenfold_is_admitted({row}.bucket)
@@ -125,6 +131,15 @@ class SqliteShard:
         async with self.reading() as reader:
             return await reader.fetch(sql, arguments)
 
+    async def fetch_owned(self, bucket: int, sql: str, *arguments: object) -> Sequence[Row]:
+        """Rows of a statement on one bucket.
+
+        Raises:
+            BucketElsewhere: this shard may not speak for it.
+        """
+        async with self.reading() as reader:
+            return await reader.fetch_owned(bucket, sql, arguments, now_us=self.now_us())
+
     async def fetch_covered(self, sql: str, *arguments: object) -> Covered:
         """See Shard.fetch_covered."""
         async with self.reading() as reader:
@@ -180,18 +195,20 @@ class SqliteShard:
     async def admitted(
         self, bucket: int, also: Collection[int]
     ) -> AsyncIterator[tuple[Turn, SqliteTransaction]]:
-        """A turn that may write these buckets, once their state has been read in it."""
+        """A turn that may write these buckets, once their state has been read in it.
+
+        Raises:
+            BucketElsewhere: this shard does not take writes of one of them.
+        """
         async with self.writer.turn() as turn:
             wanted = sorted({bucket, *also})
             listed = ", ".join(str(int(number)) for number in wanted)
             rows = await turn.fetch(f"{_WRITABLE} AND bucket IN ({listed})", ())
             if len(rows) != len(wanted):
                 missing = min(set(wanted) - {row["bucket"] for row in rows})
-                raise Unavailable(
-                    "this part of the data is moving; try again",
-                    metadata={"bucket": str(missing)},
-                    retry_after_s=RETRY_AFTER_S,
-                )
+                held = await turn.fetch(_HELD, (missing,))
+                state, peer = (held[0]["state"], held[0]["peer"]) if held else ("ABSENT", None)
+                raise BucketElsewhere(missing, state, None if peer is None else int(peer))
             turn.admit(wanted)
             yield turn, SqliteTransaction(turn, bucket, self)
 
@@ -209,16 +226,25 @@ class SqliteBucket:
     """See Bucket."""
 
     shards: "SqliteShards"
-    shard: SqliteShard
     number: int
+
+    @property
+    def shard(self) -> SqliteShard:
+        """Where it is, as far as we know."""
+        return self.shards.shard_of(self.number)
 
     async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
         """See Reader.fetch_one."""
-        return await self.shard.fetch_one(sql, *arguments)
+        return only(await self.fetch_all(sql, *arguments))
 
     async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
         """See Reader.fetch_all."""
-        return await self.shard.fetch_all(sql, *arguments)
+        following = Following(self.shards)
+        while True:
+            try:
+                return await self.shard.fetch_owned(self.number, sql, *arguments)
+            except BucketElsewhere as elsewhere:
+                await following.step(elsewhere)
 
     @asynccontextmanager
     async def transaction(
@@ -227,7 +253,7 @@ class SqliteBucket:
         """See Bucket.transaction."""
         self._require_one_shard(also)
         if once is None or not once.request_id:
-            async with self.shard.admitted(self.number, also) as (_, tx):
+            async with self._entered(also) as (_, tx):
                 yield tx
             return
         home = once_rules.home_bucket(once, self.shards.secret)
@@ -235,10 +261,7 @@ class SqliteBucket:
         if not is_joined:
             await self._claim(once, home)
             CLAIMED_NOT_EFFECTED.visit()
-        async with self.shard.admitted(self.number, {*also, home} if is_joined else also) as (
-            turn,
-            tx,
-        ):
+        async with self._entered(also, home if is_joined else None) as (turn, tx):
             memory = once_rules.Memory(tx, once, home, is_joined, self.shard.now_us())
             await memory.recall()
             tx.memory = memory
@@ -257,11 +280,36 @@ class SqliteBucket:
         if refusal is not None:
             raise refusal
 
+    @asynccontextmanager
+    async def _entered(
+        self, also: Collection[int], home: int | None = None
+    ) -> AsyncIterator[tuple[Turn, SqliteTransaction]]:
+        """A turn on whatever shard has the bucket now.
+
+        Args:
+            also: further buckets, on the same shard for as long as the service is.
+            home: joins as those in `also` do, but may be on another shard by now.
+        """
+        following = Following(self.shards)
+        async with AsyncExitStack() as stack:
+            while True:
+                self._require_one_shard(also)
+                if home is not None and self.shards.shard_of(home) is not self.shard:
+                    raise moving(home)
+                joined = also if home is None else {*also, home}
+                turn = self.shard.admitted(self.number, joined)
+                try:
+                    entered = await stack.enter_async_context(turn)
+                    break
+                except BucketElsewhere as elsewhere:
+                    await following.step(elsewhere)
+            yield entered
+
     async def _claim(self, once: Once, home: int) -> None:
-        shard = self.shards.shard_of(home)
-        async with shard.admitted(home, ()) as (_, tx):
+        async with SqliteBucket(self.shards, home)._entered(()) as (_, tx):
+            now_us = self.shard.now_us()
             await once_rules.claim_at_home(
-                tx, once, home=home, target_bucket=self.number, now_us=shard.now_us()
+                tx, once, home=home, target_bucket=self.number, now_us=now_us
             )
 
     def _require_one_shard(self, also: Collection[int]) -> None:
@@ -276,6 +324,7 @@ class SqliteShards:
 
     shards: list[SqliteShard]
     bucket_map: BucketMap
+    control: SqliteControl
     secret: bytes
     on_outbox: asyncio.Event
 
@@ -285,7 +334,8 @@ class SqliteShards:
 
     def bucket(self, number: int) -> Bucket:
         """See Shards.bucket."""
-        return SqliteBucket(self, self.shard_of(number), number)
+        self.bucket_map.shard_index(number)  # a number that is none is a bug of the caller's
+        return SqliteBucket(self, number)
 
     def shard_of(self, bucket: int) -> SqliteShard:
         """Where a bucket lives."""
@@ -294,6 +344,22 @@ class SqliteShards:
     def all(self) -> Sequence[Shard]:
         """See Shards.all."""
         return list(self.shards)
+
+    async def locate(self, bucket: int) -> bool:
+        """Find a bucket: Control's newer map is a better hint, the shards' word is the truth."""
+        before = self.bucket_map.shard_index(bucket)
+        with suppress(MoveFailed, DatabaseRefused):
+            known = await self.control.read_map()
+            if known.version > self.bucket_map.version and self._has_all(known):
+                self.bucket_map = known
+        if self.bucket_map.shard_index(bucket) == before:
+            owners = [shard.index for shard in self.shards if await shard.fetch_all(_OWNS, bucket)]
+            if owners and before not in owners:
+                self.bucket_map = self.bucket_map.moved(bucket, owners[0])
+        return self.bucket_map.shard_index(bucket) != before
+
+    def _has_all(self, bucket_map: BucketMap) -> bool:
+        return max(bucket_map.shard_indexes) < len(self.shards)
 
     async def wait_for_outbox(self, timeout_s: float) -> bool:
         """See Shards.wait_for_outbox."""
@@ -351,7 +417,8 @@ async def open_sqlite_shards(
             )
             for index in range(len(opened.paths))
         ]
-        yield SqliteShards(shards, opened.bucket_map, secret, on_outbox)
+        control = SqliteControl(opened.paths[0].with_name("control.sqlite"))
+        yield SqliteShards(shards, opened.bucket_map, control, secret, on_outbox)
 
 
 @asynccontextmanager

@@ -17,7 +17,12 @@ from uuid import UUID
 import aiosqlite
 
 from shared.db import limits
-from shared.db.errors import BucketNotAdmitted, ConstraintViolation, UniqueViolation
+from shared.db.errors import (
+    BucketElsewhere,
+    BucketNotAdmitted,
+    ConstraintViolation,
+    UniqueViolation,
+)
 from shared.db.limits import CLOSE_S_MAX, RETRY_AFTER_S
 from shared.db.port import Row
 from shared.db.sql import to_sqlite, to_sqlite_value
@@ -27,6 +32,12 @@ from shared.errors import DeadlineExceeded, TenfoldError, Unavailable
 Synchronous = Literal["FULL", "NORMAL"]
 BUSY_TIMEOUT_MS = 5000
 _UUID_BYTES = 16
+# A fenced bucket's rows are the newest there are until the fence's own time is over.
+_READABLE = """
+SELECT state, peer, state IN ('ACTIVE', 'MOVING')
+    OR (state = 'FENCED' AND coalesce(fence_until_us, 0) > ?2) AS is_readable
+FROM tenfold_bucket WHERE bucket = ?1
+"""
 
 sqlite3.register_converter("uuid", lambda content: UUID(bytes=content))
 sqlite3.register_converter("boolean", lambda content: content != b"0")
@@ -77,6 +88,17 @@ class Connection:
         cursor = await self._bounded(sql, arguments, fetch=True)
         return self._rows(cursor)
 
+    async def fetch_owned(
+        self, bucket: int, sql: str, arguments: Sequence[object], *, now_us: int
+    ) -> list[Row]:
+        """Every row of a statement, if this file may speak for the bucket in that snapshot.
+
+        Raises:
+            BucketElsewhere: it may not.
+        """
+        rows = await self._bounded(sql, arguments, owned=(bucket, now_us))
+        return self._rows(rows)
+
     async def execute(self, sql: str, arguments: Sequence[object]) -> int:
         """The number of rows that the statement changed."""
         cursor = await self._bounded(sql, arguments)
@@ -101,12 +123,23 @@ class Connection:
         with suppress(sqlite3.Error):
             await self.raw.close()
 
-    async def _bounded(self, sql: str, arguments: Sequence[object], *, fetch: bool = False) -> Any:  # noqa: ANN401 - a cursor, or rows
+    async def _bounded(
+        self,
+        sql: str,
+        arguments: Sequence[object],
+        *,
+        fetch: bool = False,
+        owned: tuple[int, int] | None = None,
+    ) -> Any:  # noqa: ANN401 - a cursor, or rows
         self._tenants.require(sql)
         text, values = to_sqlite(sql), [to_sqlite_value(argument) for argument in arguments]
         call = self.raw.execute_fetchall if fetch else self.raw.execute
         try:
             async with asyncio.timeout(limits.STATEMENT_S_MAX):
+                if owned is not None:
+                    # One visit to the connection's thread for the snapshot and all that it shows.
+                    visit: Any = self.raw._execute  # untyped
+                    return await visit(self._read_owned, owned, text, values)
                 return await call(text, values)
         except TimeoutError:
             await self.interrupt()
@@ -115,6 +148,21 @@ class Connection:
             ) from None
         except sqlite3.Error as error:
             raise self.translate(error) from error
+
+    def _read_owned(
+        self, owned: tuple[int, int], sql: str, values: Sequence[object]
+    ) -> list[sqlite3.Row]:
+        (bucket, now_us), raw = owned, self.raw._conn
+        raw.execute("BEGIN")
+        try:
+            held = raw.execute(_READABLE, (bucket, now_us)).fetchone()
+            if held is None or not held["is_readable"]:
+                state, peer = (held["state"], held["peer"]) if held else ("ABSENT", None)
+                raise BucketElsewhere(bucket, state, None if peer is None else int(peer))
+            return raw.execute(sql, values).fetchall()
+        finally:
+            if raw.in_transaction:
+                raw.execute("ROLLBACK")
 
     def _rows(self, rows: Sequence[sqlite3.Row]) -> list[Row]:
         if not rows:

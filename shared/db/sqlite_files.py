@@ -18,6 +18,7 @@ from shared.db.migrate import (
     sqlite_file,
     tables_made_by,
 )
+from shared.db.move.sqlite_control import MOVE_TABLE, map_of_rows
 from shared.db.shards import BucketMap, CoverageBroken
 from shared.db.sql import OWNED_STATES
 from shared.db.sqlite_connection import Schema, read_schema
@@ -28,6 +29,8 @@ CREATE TABLE IF NOT EXISTS shard (
 CREATE TABLE IF NOT EXISTS bucket_map (
     bucket smallint PRIMARY KEY, shard_id bigint NOT NULL, epoch bigint NOT NULL);
 """
+# Between the two commits that hand a bucket over, no shard owns it: it is where it is going.
+_ARRIVING = "SELECT bucket, dst FROM bucket_move WHERE phase NOT IN ('DONE', 'ABORTED')"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def prepare(plan: Plan) -> Prepared:
     for index, path in enumerate(paths):
         migrate_sqlite(path, migrations)
         owned[index] = _claim_buckets(path, index, hint, migrations)
+    _add_arriving(plan, owned)
     try:
         bucket_map = BucketMap.of_owners(owned, version=hint.version)
     except CoverageBroken as error:
@@ -89,7 +93,7 @@ def _control(plan: Plan) -> BucketMap:
     path = plan.folder / "control.sqlite"
     with sqlite_file(path) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.executescript(_CONTROL_TABLES)
+        connection.executescript(_CONTROL_TABLES + MOVE_TABLE)
         connection.execute("BEGIN IMMEDIATE")
         hint = _plan_buckets(connection, plan)
         connection.execute("COMMIT")
@@ -97,9 +101,9 @@ def _control(plan: Plan) -> BucketMap:
 
 
 def _plan_buckets(connection: sqlite3.Connection, plan: Plan) -> BucketMap:
-    rows = connection.execute("SELECT bucket, shard_id FROM bucket_map ORDER BY bucket").fetchall()
+    rows = connection.execute("SELECT shard_id, epoch FROM bucket_map ORDER BY bucket").fetchall()
     if rows:
-        hint = BucketMap(1, tuple(shard_index for _, shard_index in rows))
+        hint = map_of_rows(rows)
     elif plan.owned_by_first:
         hint = BucketMap.first_owns_all()
     else:
@@ -121,6 +125,14 @@ def _plan_buckets(connection: sqlite3.Connection, plan: Plan) -> BucketMap:
             (index, f"shard-{index}.sqlite"),
         )
     return hint
+
+
+def _add_arriving(plan: Plan, owned: dict[int, list[int]]) -> None:
+    known = {bucket for buckets in owned.values() for bucket in buckets}
+    with sqlite_file(plan.folder / "control.sqlite", is_checked=True) as connection:
+        for bucket, dst in connection.execute(_ARRIVING).fetchall():
+            if bucket not in known:
+                owned[dst].append(bucket)
 
 
 def _claim_buckets(

@@ -1,0 +1,563 @@
+"""Moves one bucket while it is written, and settles a move that another mover left.
+
+The order of the steps is below, in `run`; what each may change is in protocol.py, and how a
+database does it in the sides. A mover that finds its token replaced raises MoveLost and changes
+nothing more; one that cannot go on aborts, as long as nothing has been decided; after the
+decision it goes forward until it is done.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from uuid import uuid4
+
+from shared.clock import Clock, SystemClock, to_us
+from shared.db.ids import new_id
+from shared.db.move import protocol
+from shared.db.move.failpoints import armed
+from shared.db.move.port import (
+    Batch,
+    Control,
+    Held,
+    Key,
+    Move,
+    MoveFailed,
+    MoveLost,
+    MoveRefused,
+    Shape,
+    Side,
+)
+from shared.db.move.protocol import (
+    Action,
+    Change,
+    Decision,
+    Phase,
+    Preference,
+    State,
+    next_token,
+    resolve,
+    seen,
+)
+
+ABORT_S_MAX = 5.0
+FORWARD_PAUSE_S = 0.2
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How large the bites are, and how long anybody waits; the values are the design's.
+
+    Attributes:
+        lease_s, renew_s: a mover that dies is replaced after the first.
+        page_rows: copied in one transaction at the destination.
+        marks_max: written keys that are carried over in one.
+        backlog_max, pass_s_max: a shorter pass over a smaller backlog may be fenced.
+        passes_max: that do not shrink the backlog before the move gives up.
+        fence_s: how long a fenced bucket may still be read.
+        unsent_max: events of the bucket that may wait when it is fenced.
+        grace_s: from the end until the source's rows are deleted.
+    """
+
+    lease_s: float = 5.0
+    renew_s: float = 1.0
+    page_rows: int = 500
+    marks_max: int = 500
+    backlog_max: int = 200
+    pass_s_max: float = 0.1
+    passes_max: int = 5
+    fence_s: float = 5.0
+    unsent_max: int = 10_000
+    grace_s: float = 2.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a move is.
+
+    Attributes:
+        step: the last one done.
+        rows, rows_total: copied, and to copy as counted at the beginning.
+        backlog: keys written since, still to carry over.
+        left_s: an estimate for the copy, None before there is one.
+        pause_s: how long writers were kept out, once they are let in again.
+    """
+
+    step: str
+    rows: int = 0
+    rows_total: int = 0
+    backlog: int = 0
+    left_s: float | None = None
+    pause_s: float | None = None
+
+
+Report = Callable[[Progress], None]
+
+
+def _quiet(progress: Progress) -> None:
+    del progress
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What every mover of a process shares.
+
+    Attributes:
+        visit: called with a failpoint's name after its step.
+    """
+
+    clock: Clock = field(default_factory=SystemClock)
+    pace: Pace = field(default_factory=Pace)
+    report: Report = _quiet
+    visit: Callable[[str], None] = field(default_factory=lambda: armed(""))
+
+    def now_us(self) -> int:
+        """The current moment."""
+        return to_us(self.clock.now())
+
+    def after_us(self, seconds: float) -> int:
+        """A moment to come."""
+        return self.now_us() + int(seconds * 1e6)
+
+
+async def begin_move(control: Control, src: Side, dst: Side, bucket: int, tools: Tools) -> "Mover":
+    """Plan a move (m0).
+
+    Raises:
+        MoveRefused: it cannot begin; nothing has been changed.
+    """
+    held, there = await src.look(), await dst.look()
+    if held.state not in protocol.CAPTURE.before:
+        raise MoveRefused(
+            f"shard {src.index} does not own bucket {bucket}: it is {held.state} there"
+        )
+    if there.state not in protocol.PREPARE.before:
+        raise MoveRefused(f"bucket {bucket} is {there.state} on shard {dst.index} already")
+    if src.shapes != dst.shapes:
+        raise MoveRefused(
+            f"shards {src.index} and {dst.index} differ in their tables: migrate both"
+        )
+    highest = await control.highest_token(bucket)
+    move = Move(
+        move_id=new_id(bucket),
+        bucket=bucket,
+        src=src.index,
+        dst=dst.index,
+        phase=Phase.PLAN,
+        token=next_token(str(uuid4()), highest, held.token, there.token),
+        lease_until_us=tools.after_us(tools.pace.lease_s),
+        facts=" | ".join([await src.facts(), await dst.facts()]),
+    )
+    await control.begin(move)
+    tools.visit("plan")
+    return Mover(control, src=src, dst=dst, move=move, tools=tools, action="prepare")
+
+
+async def take_over(
+    control: Control,
+    src: Side,
+    dst: Side,
+    move: Move,
+    tools: Tools,
+    *,
+    preference: Preference,
+    is_forced: bool = False,
+) -> "Mover":
+    """Make another's move ours (t1 to t3), and find out what ends it.
+
+    Args:
+        control: of the service.
+        src: where the bucket leaves.
+        dst: where it goes.
+        move: as Control told of it.
+        tools: of this process.
+        preference: where the move may be aborted or go on.
+        is_forced: do not wait for its lease: an operator knows that its mover is dead, or wants
+            it to stop.
+
+    Raises:
+        MoveRefused: its mover lives, or the move has ended.
+        MoveLost: another took it over at the same time.
+    """
+    held, there = await src.look(), await dst.look()
+    highest = await control.highest_token(move.bucket)
+    token = next_token(str(uuid4()), highest, held.token, there.token)
+    lease_until_us = tools.after_us(tools.pace.lease_s)
+    since_us = max(move.lease_until_us, tools.now_us()) + 10**12 if is_forced else tools.now_us()
+    if not await control.take_over(move, token, lease_until_us, since_us):
+        raise MoveRefused(f"the move of bucket {move.bucket} has ended, or its mover still works")
+    tools.visit("takeover")
+    for side in (src, dst):
+        if not await side.take(token):
+            raise MoveLost(f"bucket {move.bucket} has been taken over by another mover")
+    held, there = await src.look(), await dst.look()
+    mine = [
+        listed
+        for listed in await control.list_moves(is_open=True)
+        if listed.move_id == move.move_id and listed.token == token
+    ]
+    if not mine:
+        raise MoveLost(f"bucket {move.bucket} has been taken over by another mover")
+    [move] = mine
+    action = resolve(move.phase, _seen(held, move), _seen(there, move), preference)
+    return Mover(control, src=src, dst=dst, move=move, tools=tools, action=action)
+
+
+def _seen(held: Held, move: Move) -> State:
+    return seen(held.state, is_of_this_move=held.move_id == move.move_id)
+
+
+class Mover:
+    """One mover's life with one move.
+
+    Args:
+        control: of the service.
+        src: where the bucket leaves.
+        dst: where it goes.
+        move: with our token.
+        tools: of this process.
+        action: where to begin.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        *,
+        src: Side,
+        dst: Side,
+        move: Move,
+        tools: Tools,
+        action: Action,
+    ) -> None:
+        self.move = move
+        self.action = action
+        self._control = control
+        self._src = src
+        self._dst = dst
+        self._tools = tools
+        self._pace = tools.pace
+        self._changed: dict[str, set[Key]] = {}
+        self._fenced_at_s = time.monotonic()
+        self._progress = Progress("plan")
+
+    async def run(self) -> Phase:
+        """Go on until the move has ended; DONE or ABORTED.
+
+        Raises:
+            MoveLost: another mover goes on with it.
+            MoveFailed: it is aborted, or will be; the sentence says why.
+        """
+        async with self._renewing():
+            if self.action == "hand back":
+                await self._hand_back()
+                return Phase.ABORTED
+            if self.action == "abort":
+                await self._abort("taken over and aborted")
+                return Phase.ABORTED
+            if self.action != "forward":
+                await self._come_to_decision()
+            await self._go_forward()
+        return Phase.DONE
+
+    async def _come_to_decision(self) -> None:
+        try:
+            steps = [self._prepare, self._copy, self._catch_up_verified, self._fence, self._drain]
+            first = {"prepare": 0, "copy": 1, "catch up": 2, "drain": 4}[self.action]
+            for step in steps[first:]:
+                await step()
+            await self._decide(protocol.COMMIT)
+        except MoveFailed as error:
+            await self._abort(str(error))
+            raise
+        except asyncio.CancelledError:
+            # Nobody need wait for the lease. If this is cut short, the next mover does it.
+            with suppress(MoveFailed, MoveLost, TimeoutError):
+                async with asyncio.timeout(ABORT_S_MAX):
+                    await self._abort("interrupted")
+            raise
+
+    # Before the decision ---------------------------------------------------------------
+
+    async def _prepare(self) -> None:
+        """m1 to m3: nothing old at the destination, every writer captured at the source."""
+        await self._change(self._dst, protocol.PREPARE)
+        await self._delete_all(self._dst, State.IMPORTING)
+        self._visit("prepare")
+        await self._change(self._src, protocol.CAPTURE, peer=self._dst.index)
+        self._visit("capture")
+        await self._decide(protocol.CAPTURED)
+
+    async def _copy(self) -> None:
+        """c1 to c3: page after page, from where the destination says it stopped."""
+        cursors = await self._dst.read_cursors(self.move)
+        counts = {shape.name: await self._src.count_rows(shape) for shape in self._src.shapes}
+        already = sum(count for _, count in cursors.values())
+        self._progress = replace(self._progress, rows=already, rows_total=sum(counts.values()))
+        begun_s = time.monotonic()
+        for shape in self._src.shapes:
+            after, count = cursors.get(shape.name, ("", 0))
+            while True:
+                page = await self._src.read_page(shape, after, self._pace.page_rows)
+                self._visit("copy.read")
+                if not page.rows:
+                    break
+                after, count = page.last, count + len(page.rows)
+                batch = Batch((), {shape.name: page.rows}, {}, 0)
+                self._require(await self._dst.apply(self.move, batch, (shape.name, after, count)))
+                self._copied(len(page.rows), already, time.monotonic() - begun_s)
+        await self._decide(protocol.COPIED)
+
+    def _copied(self, row_count: int, already: int, took_s: float) -> None:
+        rows = self._progress.rows + row_count
+        per_row_s = took_s / (rows - already)
+        left_s = max(self._progress.rows_total - rows, 0) * per_row_s
+        self._progress = replace(self._progress, rows=rows, left_s=left_s)
+        self._visit("copy.apply")
+
+    async def _catch_up_verified(self) -> None:
+        """d1 to d3, then both sides compared while writers go on, then d1 to d3 again."""
+        await self._catch_up()
+        for shape in self._src.shapes:
+            await self._verify(shape)
+        self._visit("verify")
+        self._changed.clear()
+        await self._catch_up()
+        await self._precheck()
+
+    async def _catch_up(self) -> None:
+        smallest, idle_passes = float("inf"), 0
+        while True:
+            begun_s = time.monotonic()
+            batch = await self._carry("catch")
+            took_s = time.monotonic() - begun_s
+            if batch.left < self._pace.backlog_max and took_s < self._pace.pass_s_max:
+                return
+            idle_passes = 0 if batch.left < smallest else idle_passes + 1
+            smallest = min(smallest, batch.left)
+            if idle_passes >= self._pace.passes_max:
+                raise MoveFailed(
+                    f"bucket {self.move.bucket} is written faster than it can be carried over: "
+                    f"{batch.left} keys are left and a pass took {took_s * 1000:.0f} ms"
+                )
+
+    async def _carry(self, prefix: str) -> Batch:
+        """One pass: read marks and rows in one snapshot, write them, delete those marks."""
+        batch = await self._src.read_dirty(self.move, self._pace.marks_max)
+        self._visit(f"{prefix}.read")
+        if batch is None:
+            raise self._lost()
+        if not batch.seqs:
+            return batch
+        self._require(await self._dst.apply(self.move, batch))
+        self._visit(f"{prefix}.apply")
+        for table, rows in batch.rows.items():
+            shape = self._shape(table)
+            keys = {shape.key_of(row) for row in rows} | set(batch.gone[table])
+            self._changed.setdefault(table, set()).update(keys)
+        self._require(await self._src.acknowledge(self.move, batch.seqs))
+        self._progress = replace(self._progress, backlog=batch.left)
+        self._visit(f"{prefix}.ack")
+        return batch
+
+    async def _verify(self, shape: Shape) -> None:
+        """Compare chunk by chunk; what differs is carried over again, since writers go on."""
+        after = ""
+        while True:
+            ours, last = await self._src.read_range(shape, after, "", self._pace.page_rows)
+            # The last chunk has no upper end: the destination may hold what the source does not.
+            is_last = len(ours) < self._pace.page_rows
+            end, rows_max = ("", -1) if is_last else (last, -1)
+            theirs, _ = await self._dst.read_range(shape, after, end, rows_max)
+            wrong = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+            if wrong:
+                self._require(await self._src.mark_dirty(self.move, shape, wrong))
+            if is_last:
+                return
+            after = last
+
+    async def _precheck(self) -> None:
+        """Refuse to fence what could not be unfenced soon."""
+        lease_until_us = self._tools.after_us(self._pace.lease_s)
+        self._require(await self._control.renew(self.move, lease_until_us))
+        unsent = await self._src.unsent_count()
+        if unsent > self._pace.unsent_max:
+            raise MoveFailed(
+                f"{unsent} events of the bucket wait for their relay: is the bus down?"
+            )
+        now = " | ".join([await self._src.facts(), await self._dst.facts()])
+        if now != self.move.facts:
+            raise MoveFailed(
+                f"a shard has changed since the move began: {self.move.facts} -> {now}"
+            )
+        self._visit("precheck")
+
+    async def _fence(self) -> None:
+        """x1, x2: from here on writers wait."""
+        self._fenced_at_s = time.monotonic()
+        await self._change(
+            self._src,
+            protocol.FENCE,
+            peer=self._dst.index,
+            fence_until_us=self._tools.after_us(self._pace.fence_s),
+            facts=self.move.facts.partition(" | ")[0],
+        )
+        self._visit("fence")
+        await self._decide(protocol.FENCED)
+
+    async def _drain(self) -> None:
+        """Under the fence: carry over to the last mark, then compare what was touched."""
+        while (await self._carry("drain")).seqs:
+            pass
+        for shape in self._src.shapes:
+            keys = self._changed.get(shape.name, set())
+            ours, theirs = await asyncio.gather(
+                self._src.read_rows(shape, keys), self._dst.read_rows(shape, keys)
+            )
+            counts = await asyncio.gather(self._src.count_rows(shape), self._dst.count_rows(shape))
+            if ours != theirs or counts[0] != counts[1]:
+                raise MoveFailed(f"{shape.name} differs between the shards under the fence")
+        self._visit("verify2")
+
+    # After it --------------------------------------------------------------------------
+
+    async def _go_forward(self) -> None:
+        """f1 to f3 and g. A shard that is down is waited for: there is no way back."""
+        for step in (self._leave, self._arrive, self._finish):
+            while True:
+                try:
+                    await step()
+                    break
+                except MoveFailed:
+                    await asyncio.sleep(FORWARD_PAUSE_S)
+        await self.collect()
+
+    async def _leave(self) -> None:
+        held, there = await self._src.look(), await self._dst.look()
+        is_gone = held.state is State.MOVED and held.token == self.move.token
+        if not is_gone and not (there.state is State.ACTIVE and held.state is not State.FENCED):
+            await self._change(self._src, protocol.LEAVE, peer=self._dst.index)
+        self._visit("src_moved")
+
+    async def _arrive(self) -> None:
+        held, there = await self._src.look(), await self._dst.look()
+        if there.state is not State.ACTIVE or there.token != self.move.token:
+            epoch = max(held.epoch, there.epoch) + 1
+            await self._change(self._dst, protocol.ARRIVE, epoch=epoch)
+        pause_s = time.monotonic() - self._fenced_at_s
+        self._progress = replace(self._progress, pause_s=pause_s)
+        self._visit("dst_active")
+
+    async def _finish(self) -> None:
+        held = await self._dst.look()
+        self._require(await self._control.finish(self.move, protocol.DONE, held.epoch))
+        self._visit("done")
+
+    async def collect(self) -> None:
+        """Delete the source's rows; the MOVED row stays as a signpost.
+
+        Whoever is cut short here leaves rows that no one can read or write; `collect_left`
+        finds them.
+        """
+        await asyncio.sleep(self._pace.grace_s)
+        with suppress(MoveLost):  # the bucket is on its way back: its next move wipes them
+            await self._delete_all(self._src, State.MOVED)
+        self._visit("gc")
+
+    # Instead ---------------------------------------------------------------------------
+
+    async def _abort(self, reason: str) -> None:
+        """a1 to a4."""
+        if self.move.phase is not Phase.ABORTING:
+            await self._decide(protocol.ABORT, reason)
+        for side in (self._dst, self._src):
+            self._require(await side.take(self.move.token))
+        await self._undo(self._dst, protocol.DROP)
+        self._visit("abort.dst")
+        await self._undo(self._src, protocol.RETURN)
+        self._visit("abort.src")
+        await self._decide(protocol.ABORTED)
+        with suppress(MoveLost):
+            await self._delete_all(self._dst, State.ABORTED)
+
+    async def _undo(self, side: Side, change: Change) -> None:
+        """Leave alone what this move has not changed: the token keeps others from it now."""
+        held = await side.look()
+        if held.state in change.before:
+            await self._change(side, change)
+        else:
+            self._require(held.token == self.move.token)
+
+    async def _hand_back(self) -> None:
+        await self._change(self._src, protocol.HAND_BACK)
+        await self._decide(protocol.HANDED_BACK, "the destination had been given up")
+
+    # Helpers ---------------------------------------------------------------------------
+
+    async def _change(
+        self,
+        side: Side,
+        change: Change,
+        *,
+        peer: int | None = None,
+        epoch: int = 0,
+        fence_until_us: int = 0,
+        facts: str = "",
+    ) -> None:
+        self._require(
+            await side.change(
+                change,
+                self.move,
+                peer=peer,
+                epoch=epoch,
+                fence_until_us=fence_until_us,
+                facts=facts,
+            )
+        )
+
+    async def _decide(self, decision: Decision, reason: str = "") -> None:
+        self._require(await self._control.decide(self.move, decision, reason))
+        self.move = replace(self.move, phase=decision.after)
+        self._visit(decision.name)
+
+    async def _delete_all(self, side: Side, state: State) -> None:
+        while True:
+            deleted = await side.delete_page(self.move, state, self._pace.page_rows)
+            if deleted is None:
+                raise self._lost()
+            if not deleted:
+                return
+
+    def _visit(self, name: str) -> None:
+        self._progress = replace(self._progress, step=name)
+        self._tools.visit(name)
+        self._tools.report(self._progress)
+
+    def _require(self, is_mine: bool) -> None:
+        if not is_mine:
+            raise self._lost()
+
+    def _lost(self) -> MoveLost:
+        return MoveLost(f"bucket {self.move.bucket} has been taken over by another mover")
+
+    def _shape(self, table: str) -> Shape:
+        return next(shape for shape in self._src.shapes if shape.name == table)
+
+    @asynccontextmanager
+    async def _renewing(self) -> AsyncIterator[None]:
+        """Hold the lease. If it is lost all the same, the tokens stop us, not the clock."""
+        renewing = asyncio.create_task(self._renew(), name=f"lease-of-bucket-{self.move.bucket}")
+        try:
+            yield
+        finally:
+            renewing.cancel()
+            await asyncio.wait([renewing])
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._pace.renew_s)
+            with suppress(MoveFailed):  # Control is away: the next second, perhaps
+                if not await self._control.renew(
+                    self.move, self._tools.after_us(self._pace.lease_s)
+                ):
+                    return
