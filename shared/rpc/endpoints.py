@@ -133,6 +133,12 @@ class Endpoints:
         if self._owner is None or self._owner.done():
             # Its own context: what it logs has nothing to do with the call that came first.
             self._owner = asyncio.create_task(self._run(), context=contextvars.Context())
+            self._owner.add_done_callback(self._ended)
+
+    def _ended(self, owner: asyncio.Task[None]) -> None:
+        """Say at once what broke; whoever makes the next call starts it again."""
+        if not owner.cancelled() and (error := owner.exception()) is not None:
+            _log.error("addresses are not kept any more", host=self._host, exc_info=error)
 
     async def close(self) -> None:
         """Close every connection; calls in flight fail."""

@@ -6,8 +6,10 @@ import datetime
 import gc
 import ipaddress
 import os
+import ssl
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -30,6 +32,7 @@ from tests.integration.shared.rpc.echo import (
     Served,
     served,
 )
+from tests.unit.shared.rpc.wire import SETTINGS
 
 KIBI, MEBI = 1024, 1024 * 1024
 
@@ -359,6 +362,31 @@ async def test_over_tls_calls_pass_if_the_server_is_who_it_should_be(name: str) 
             await channel.call(CALL, b"", timeout_s=20)
     await channel.close()
     await server.stop(0)
+
+
+async def test_a_tls_server_that_does_not_choose_http_2_gets_no_calls(tmp_path: Path) -> None:
+    key, signed = certificate(name="127.0.0.1")
+    pem = tmp_path / "server.pem"
+    pem.write_bytes(key + signed)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    came = []
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(SETTINGS)  # it speaks HTTP/2 all the same
+        came.append(await reader.read())
+        writer.close()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    channel = UnaryChannel(f"127.0.0.1:{port}", {}, tls=ClientTls(signed), checks_health=False)
+    with pytest.raises(Unavailable):
+        await channel.call(CALL, b"secret", timeout_s=20)
+    await until(lambda: bool(came))
+    assert b"secret" not in came[0]
+    await channel.close()
+    server.close()
+    await server.wait_closed()
 
 
 # The end

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
+from structlog.testing import capture_logs
 
 from shared.config import RPC_ENGINES
 from shared.errors import DeadlineExceeded, TenfoldError, Unavailable, Unreachable
+from shared.rpc.endpoints import Endpoint
 from shared.rpc.policy import MethodPolicy
 from shared.rpc.unary import UnaryChannel
 from shared.signals import send_signal
@@ -196,6 +198,21 @@ async def test_a_graceful_restart_lets_running_calls_finish(kind: str) -> None:
         assert (await slow).message == BODY
         async with served(kind, server.address):
             await until_answered(channel)
+
+
+async def test_a_bug_in_keeping_an_address_is_logged_at_once_and_ends_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def broken(_endpoint: Endpoint) -> bool:
+        raise RuntimeError("a bug")
+
+    async with served("grpcio") as server, channel_to(server.address) as channel:
+        with monkeypatch.context() as patch, capture_logs() as lines:
+            patch.setattr(Endpoint, "_hold_one", broken)
+            with pytest.raises(DeadlineExceeded):
+                await call(channel, timeout_s=0.2)
+        assert [line["event"] for line in lines] == ["addresses are not kept any more"]
+        assert await call(channel) == b"hi"
 
 
 # Two addresses behind one name

@@ -206,6 +206,21 @@ async def test_the_window_of_the_connection_is_shared_in_the_order_of_the_calls(
     assert [(f.stream_id, f.flags) for f in await peer.sent()] == [(5, 1)]
 
 
+async def test_two_small_requests_share_what_is_left_of_the_connection_s_window() -> None:
+    peer = await connected(limit(window=2**20))
+    peer.start(b"x" * (65_535 - 5 - 20))  # 20 bytes are left
+    first, second = peer.start(b"a" * 10), peer.start(b"b" * 10)
+    parts = [(f.stream_id, len(f.payload), f.flags) for f in (await peer.sent())[-4:]]
+    assert parts[1::2] == [(3, 15, frames.END_STREAM), (5, 5, 0)]
+    peer.send(window(0, 4))
+    peer.send(window(0, 6))
+    assert [(f.payload, f.flags) for f in await peer.sent()] == [
+        (b"bbbb", 0), (b"bbbbbb", frames.END_STREAM),
+    ]  # fmt: skip
+    peer.send(answer(3), answer(5))
+    assert first.heard == second.heard == [b"answer"]
+
+
 async def test_larger_frames_are_used_where_the_server_takes_them() -> None:
     peer = await connected(limit(window=2**20, frame=2**20) + window(0, 2**20))
     peer.start(b"x" * 200_000)
@@ -721,6 +736,15 @@ async def test_a_violation_ends_the_connection_and_says_why(violation: bytes, co
     assert not peer.connection.has_capacity
     peer.send(answer(1))  # nothing is taken any more
     assert len(call.endings) == 1
+
+
+async def test_headers_begun_for_one_call_cannot_go_on_for_another() -> None:
+    peer = await connected()
+    first, second = peer.start(), peer.start()
+    await peer.sent()
+    peer.send(headers(1, b"", 0), frames.frame(frames.CONTINUATION, frames.END_HEADERS, 3, INITIAL))
+    assert await peer.codes() == [(frames.GOAWAY, frames.PROTOCOL_ERROR)]
+    assert type(first.failure) is type(second.failure) is ConnectionLost
 
 
 @pytest.mark.parametrize(
