@@ -150,6 +150,6 @@ def versions() -> str:
     of_peers = {each.name: each.version for each in distributions(path=[str(PEERS)])}
     ours = {each.name: each.version for each in distributions()}
     shown = [f"Python {sys.version.split()[0]}", f"Envoy {envoy.version(ENVOY)}"]
-    shown += [f"{name} {of_peers[name]}" for name in ("fastapi", "starlette", "pydantic")]
-    shown += [f"{n} {ours[n]}" for n in ("uvicorn", "uvloop", "httptools", "redis", "hiredis")]
+    shown += [f"{n} {of_peers[n]}" for n in ("fastapi", "starlette", "pydantic", "uvicorn")]
+    shown += [f"{name} {ours[name]}" for name in ("uvloop", "httptools", "redis", "hiredis")]
     return ", ".join(shown)

@@ -137,6 +137,32 @@ async def test_what_a_client_has_not_finished_is_not_answered_but_what_was_befor
     assert statuses(await half_closed(edge, slow(edge) + cut)) == [504]
 
 
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Close so that the other side gets a reset, and nothing that was not sent yet."""
+    sock = writer.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def test_a_reset_is_noticed_while_a_body_waits_that_nobody_reads():
+    begun: list[Http1Request] = []
+    loop = asyncio.get_running_loop()
+    server = Server(begun.append, ConnectionLimits(10.0, 10.0, 100))
+    async with await loop.create_server(server.connection, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(CHUNKED + b"ffffff\r\n" + b"x" * 10_000_000)
+        await eventually(lambda: begun)
+        await asyncio.sleep(0.2)
+        assert not begun[0].has_left
+        reset(writer)
+        until = time.monotonic() + 5
+        while not begun[0].has_left:
+            assert time.monotonic() < until
+            server.sweep()
+            await asyncio.sleep(0.05)
+
+
 @pytest.mark.parametrize("resets", [False, True], ids=["closes", "resets"])
 async def test_leaving_is_noticed_while_pipelined_requests_wait(edge, resets):
     edge.behind.ledger.was_cut.clear()
@@ -145,8 +171,8 @@ async def test_leaving_is_noticed_while_pipelined_requests_wait(edge, resets):
     writer.write(waiting * 3)
     await asyncio.sleep(0.3)
     if resets:
-        sock = writer.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.close()
+        reset(writer)
+    else:
+        writer.close()
     await asyncio.wait_for(edge.behind.ledger.was_cut.wait(), 5)
     assert not await reader.read()

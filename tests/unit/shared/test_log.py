@@ -38,6 +38,21 @@ def test_a_line_holds_its_request_id_and_no_secret(
     assert line["text"] == "a\nb\x1b[31m"
 
 
+def test_where_several_processes_write_no_write_cuts_a_line(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: written.append(bytes(data)) or real(fd, data))
+    writer = log.LineWriter(pipe[1])
+    writer.write_bytes_max = 100
+    for number in range(50):
+        writer.write(b"%d:%b\n" % (number, b"x" * (number % 30)))
+    writer.flush()
+    assert all(part.endswith(b"\n") and len(part) <= 100 for part in written)
+    assert [int(line.partition(b":")[0]) for line in b"".join(written).splitlines()] == [*range(50)]
+
+
 def test_when_nobody_reads_lines_are_dropped_and_nothing_blocks(pipe: tuple[int, int]) -> None:
     read, write = pipe
     writer = log.LineWriter(write, lines_max=100)
