@@ -10,6 +10,7 @@ from grpc_reflection.v1alpha import (  # type: ignore[import-untyped]
     reflection_pb2_grpc,
 )
 
+from shared import log
 from shared.config import RPC_ENGINES
 from shared.identity import IdentityVerifier
 from shared.lifecycle import Registration
@@ -72,7 +73,7 @@ class RpcServerConfig:
         calls_max, streams_max: how many handlers may run at once.
         read_timeout_s, stream_idle_s: how long to wait for a client's messages.
         reflection: whether clients may read the contracts from the server.
-        logs_requests: whether each call leaves a line.
+        logs_requests: whether each call leaves a line, where the level lets it through.
     """
 
     engine: str = RPC_ENGINES[0]
@@ -121,7 +122,7 @@ class RpcServer:
             metadata_bytes_max=2 * self.config.limits.metadata_bytes_max,
             read_timeout_s=self.config.read_timeout_s,
             stream_idle_s=self.config.stream_idle_s,
-            logs_requests=self.config.logs_requests,
+            logs_requests=self.config.logs_requests and log.writes_requests(),
             metrics=metrics or Metrics(),
         )
         # Probes must pass when the server is full, and leave no line every second.

@@ -1,6 +1,7 @@
 """Every trap of grpc.aio that spec/reliability.md d.1 lists, and what our server makes of it."""
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tenfold.auth.v1 import auth_service_pb2 as auth
 
-from shared import deadline
+from shared import deadline, log
 from shared.errors import (
     DeadlineExceeded,
     Internal,
@@ -274,6 +275,18 @@ async def test_only_the_exact_path_reaches_a_handler(
         call = channel.unary_unary(path)(b"", metadata=harness.as_(USER), timeout=5)
         assert await call.code() is answer
         assert len(harness.handler.seen) == (answer is grpc.StatusCode.OK)
+
+
+@pytest.mark.parametrize(("level", "count"), [(logging.INFO, 1), (logging.WARNING, 0)])
+async def test_a_call_leaves_one_line_unless_the_level_is_above(
+    level: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[dict[str, Any]] = []
+    monkeypatch.setattr(log, "_level", level)
+    monkeypatch.setattr(log, "write_request_line", lines.append)
+    async with serving() as harness:
+        await harness.list()
+    assert [line["method"] for line in lines] == [PATH] * count
 
 
 async def test_a_method_without_a_policy_may_be_called_by_nobody() -> None:
