@@ -1,4 +1,4 @@
-"""The operator's commands: tenfold up, status, down, config, demo, edge, quota."""
+"""The operator's commands: tenfold up, status, down, config, demo, edge, quota, shards."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from deploy.local.errors import LaunchError
 from deploy.local.processes import memory_bytes
 from deploy.quota_commands import quota_app
 from deploy.settings import PREFIX, load_settings, require_known, value_of
+from deploy.shards_commands import shards_app
 from shared.config import ConfigError, ProcessConfig, load
 
 DOWN_TIMEOUT_S = 45.0  # Above the sum of what the launcher gives its children.
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 
 app.add_typer(quota_app)
+app.add_typer(shards_app)
 
 DataOption = Annotated[
     Path | None,

@@ -25,8 +25,9 @@ from shared.db.errors import BucketElsewhere, DatabaseRefused
 from shared.db.following import Following, moving
 from shared.db.ids import BUCKET_COUNT, bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S
+from shared.db.move.mover import Tools
 from shared.db.move.port import MoveFailed
-from shared.db.move.sqlite_control import SqliteControl
+from shared.db.move.sqlite_folder import SqliteFolder
 from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
 from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction, only
 from shared.db.shards import BucketMap
@@ -324,9 +325,10 @@ class SqliteShards:
 
     shards: list[SqliteShard]
     bucket_map: BucketMap
-    control: SqliteControl
+    folder: SqliteFolder
     secret: bytes
     on_outbox: asyncio.Event
+    settling: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def holding(self, key: UUID) -> Bucket:
         """See Shards.holding."""
@@ -346,16 +348,24 @@ class SqliteShards:
         return list(self.shards)
 
     async def locate(self, bucket: int) -> bool:
-        """Find a bucket: Control's newer map is a better hint, the shards' word is the truth."""
+        """Find a bucket: Control's newer map is a better hint, the shards' word is the truth.
+
+        If nobody can write it because its mover has died, this process settles the move.
+        """
         before = self.bucket_map.shard_index(bucket)
         with suppress(MoveFailed, DatabaseRefused):
-            known = await self.control.read_map()
+            known = await self.folder.control.read_map()
             if known.version > self.bucket_map.version and self._has_all(known):
                 self.bucket_map = known
         if self.bucket_map.shard_index(bucket) == before:
             owners = [shard.index for shard in self.shards if await shard.fetch_all(_OWNS, bucket)]
             if owners and before not in owners:
                 self.bucket_map = self.bucket_map.moved(bucket, owners[0])
+            elif not self.settling.locked():
+                async with self.settling:
+                    tools = Tools(clock=self.shards[0].clock, collects=False)
+                    with suppress(MoveFailed, DatabaseRefused):
+                        await self.folder.settle_left(bucket, tools)
         return self.bucket_map.shard_index(bucket) != before
 
     def _has_all(self, bucket_map: BucketMap) -> bool:
@@ -417,8 +427,8 @@ async def open_sqlite_shards(
             )
             for index in range(len(opened.paths))
         ]
-        control = SqliteControl(opened.paths[0].with_name("control.sqlite"))
-        yield SqliteShards(shards, opened.bucket_map, control, secret, on_outbox)
+        place = SqliteFolder(opened.paths[0].parent)
+        yield SqliteShards(shards, opened.bucket_map, place, secret, on_outbox)
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ from deploy.local import binaries
 from deploy.settings import SECRET_MARK, Setting, load_settings
 from shared.config import ProcessConfig
 from shared.crashpoints import CRASH_JOURNAL_VARIABLE, CRASH_POINT_VARIABLE
+from shared.db.move.failpoints import FAILPOINT_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 # Read by the launcher and by crash points: no config class has them.
@@ -20,6 +21,7 @@ OTHERS = {
     binaries.VALKEY_SETTING,
     CRASH_POINT_VARIABLE,
     CRASH_JOURNAL_VARIABLE,
+    FAILPOINT_VARIABLE,
 }
 
 

@@ -105,12 +105,14 @@ class Tools:
 
     Attributes:
         visit: called with a failpoint's name after its step.
+        collects: whether a mover that is done stays to delete the source's rows.
     """
 
     clock: Clock = field(default_factory=SystemClock)
     pace: Pace = field(default_factory=Pace)
     report: Report = _quiet
     visit: Callable[[str], None] = field(default_factory=lambda: armed(""))
+    collects: bool = True
 
     def now_us(self) -> int:
         """The current moment."""
@@ -430,7 +432,9 @@ class Mover:
                     break
                 except MoveFailed:
                     await asyncio.sleep(FORWARD_PAUSE_S)
-        await self.collect()
+        if self._tools.collects:
+            await asyncio.sleep(self._pace.grace_s)
+            await self.collect()
 
     async def _leave(self) -> None:
         held, there = await self._src.look(), await self._dst.look()
@@ -456,12 +460,12 @@ class Mover:
     async def collect(self) -> None:
         """Delete the source's rows; the MOVED row stays as a signpost.
 
-        Whoever is cut short here leaves rows that no one can read or write; `collect_left`
-        finds them.
+        A mover that is cut short here leaves rows that nobody can read or write; Control
+        remembers that they may be there.
         """
-        await asyncio.sleep(self._pace.grace_s)
         with suppress(MoveLost):  # the bucket is on its way back: its next move wipes them
             await self._delete_all(self._src, State.MOVED)
+        await self._control.mark_collected(self.move)
         self._visit("gc")
 
     # Instead ---------------------------------------------------------------------------

@@ -113,6 +113,14 @@ class Control(Protocol):
         """Moves, the newest first; the unfinished alone if `is_open`."""
         ...
 
+    async def list_uncollected(self) -> Sequence[Move]:
+        """Moves that are done, whose source may still hold rows."""
+        ...
+
+    async def mark_collected(self, move: Move) -> None:
+        """The source holds no row of the bucket any more."""
+        ...
+
     async def highest_token(self, bucket: int) -> Token:
         """The highest token that Control remembers of a bucket."""
         ...

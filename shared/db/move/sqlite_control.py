@@ -20,7 +20,8 @@ MOVE_TABLE = """
 CREATE TABLE IF NOT EXISTS bucket_move (
     move_id text PRIMARY KEY, bucket smallint NOT NULL, src bigint NOT NULL, dst bigint NOT NULL,
     phase text NOT NULL, counter bigint NOT NULL, mover text NOT NULL,
-    lease_until_us bigint NOT NULL, facts text NOT NULL, reason text NOT NULL);
+    lease_until_us bigint NOT NULL, facts text NOT NULL, reason text NOT NULL,
+    is_collected smallint NOT NULL DEFAULT 0);
 CREATE UNIQUE INDEX IF NOT EXISTS bucket_move_of_bucket ON bucket_move (bucket)
     WHERE phase NOT IN ('DONE', 'ABORTED');
 CREATE UNIQUE INDEX IF NOT EXISTS bucket_move_of_source ON bucket_move (src)
@@ -45,13 +46,26 @@ class SqliteControl:
         """See Control.list_moves."""
         condition = f"WHERE {_OPEN}" if is_open else ""
         sql = f"SELECT {_COLUMNS} FROM bucket_move {condition} ORDER BY rowid DESC"  # noqa: S608
-        rows = await self._run(lambda control: control.execute(sql).fetchall())
+        rows = await self._run(lambda control: control.execute(sql).fetchall(), is_write=False)
         return [_move_of_row(row) for row in rows]
+
+    async def list_uncollected(self) -> Sequence[Move]:
+        """See Control.list_uncollected."""
+        sql = f"SELECT {_COLUMNS} FROM bucket_move WHERE phase = 'DONE' AND is_collected = 0"  # noqa: S608
+        rows = await self._run(lambda control: control.execute(sql).fetchall(), is_write=False)
+        return [_move_of_row(row) for row in rows]
+
+    async def mark_collected(self, move: Move) -> None:
+        """See Control.mark_collected."""
+        sql = "UPDATE bucket_move SET is_collected = 1 WHERE move_id = ?"
+        await self._run(lambda control: control.execute(sql, (str(move.move_id),)))
 
     async def highest_token(self, bucket: int) -> Token:
         """See Control.highest_token."""
         sql = "SELECT max(counter) FROM bucket_move WHERE bucket = ?"
-        row = await self._run(lambda control: control.execute(sql, (bucket,)).fetchone())
+        row = await self._run(
+            lambda control: control.execute(sql, (bucket,)).fetchone(), is_write=False
+        )
         return Token(row[0], "") if row[0] is not None else NOBODY
 
     async def begin(self, move: Move) -> None:
@@ -102,15 +116,15 @@ class SqliteControl:
     async def read_map(self) -> BucketMap:
         """See Control.read_map."""
         sql = "SELECT shard_id, epoch FROM bucket_map ORDER BY bucket"
-        rows = await self._run(lambda control: control.execute(sql).fetchall())
+        rows = await self._run(lambda control: control.execute(sql).fetchall(), is_write=False)
         return map_of_rows(rows)
 
-    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def _run(self, work: Callable[[sqlite3.Connection], T], *, is_write: bool = True) -> T:
         """One transaction on a connection of its own: the lease is renewed beside the work."""
 
         def run() -> T:
             try:
-                with _transaction(self._path) as control:
+                with _transaction(self._path, is_write) as control:
                     return work(control)
             except sqlite3.OperationalError as error:
                 raise MoveFailed(f"{self._path.name} cannot be used now: {error}") from error
@@ -125,7 +139,7 @@ def map_of_rows(rows: Sequence[tuple[int, int]]) -> BucketMap:
 
 
 @contextmanager
-def _transaction(path: Path) -> Iterator[sqlite3.Connection]:
+def _transaction(path: Path, is_write: bool) -> Iterator[sqlite3.Connection]:
     try:
         control = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, isolation_level=None)
     except sqlite3.Error as error:
@@ -133,7 +147,7 @@ def _transaction(path: Path) -> Iterator[sqlite3.Connection]:
     try:
         control.execute(f"PRAGMA busy_timeout = {int(BUSY_S_MAX * 1000)}")
         control.execute("PRAGMA synchronous = FULL")
-        control.execute("BEGIN IMMEDIATE")
+        control.execute("BEGIN IMMEDIATE" if is_write else "BEGIN")
         yield control
         control.execute("COMMIT")
     finally:

@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -38,6 +39,14 @@ def during(step: str, work):
             work()
 
     return tools(visit=visit)
+
+
+class Killed(BaseException):
+    """As a process ends: no clean-up of the mover's own runs."""
+
+
+def die() -> None:
+    raise Killed
 
 
 def meanwhile(work) -> None:
@@ -178,6 +187,40 @@ async def test_a_mover_whose_move_was_taken_over_changes_nothing_any_more(place,
             await place.folder.move(BUCKET, 1, during(step, partial(meanwhile, abort)))
         assert place.states() == ["ACTIVE", "ABORTED"]
         assert place.contents(0) == before
+
+
+@pytest.mark.parametrize("step", ["fence2", "commit", "src_moved"])
+async def test_a_caller_that_waits_for_a_dead_mover_settles_its_move(place, shards, clock, step):
+    [counter_id] = await add_counters(shards, 1)
+
+    with pytest.raises(Killed):
+        await place.folder.move(BUCKET, 1, replace(during(step, die), clock=clock))
+    async with shards.bucket(BUCKET).transaction() as tx:
+        assert await tx.execute(ADD_ONE, BUCKET, counter_id) == 1
+    assert place.states() == (["ACTIVE", "ABORTED"] if step == "fence2" else ["MOVED", "ACTIVE"])
+    assert await place.folder.control.list_moves(is_open=True) == []
+
+
+async def test_a_service_starts_while_a_bucket_is_between_its_shards(place, clock):
+    async with place.open() as shards:
+        [counter_id] = await add_counters(shards, 1)
+
+    with pytest.raises(Killed):
+        await place.folder.move(BUCKET, 1, replace(during("src_moved", die), clock=clock))
+    assert place.states() == ["MOVED", "IMPORTING"]
+    async with place.open() as shards, shards.bucket(BUCKET).transaction() as tx:
+        assert await tx.execute(ADD_ONE, BUCKET, counter_id) == 1
+
+
+async def test_rows_that_a_dead_mover_left_at_the_source_are_collected_by_the_next(place, shards):
+    await add_counters(shards, 20)
+
+    with pytest.raises(Killed):
+        await place.folder.move(BUCKET, 1, during("done", die))
+    assert len(place.contents(0)["counter"]) == 20
+    await place.folder.move(NEIGHBOUR, 1, tools())
+    assert not any(place.contents(0).values())
+    assert len(place.contents(1)["counter"]) == 20
 
 
 async def test_an_operator_cannot_abort_what_is_decided(place, shards):

@@ -1,0 +1,276 @@
+"""tenfold shards list, map, move, verify, status, abort: where buckets live, and moving them."""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy.local.errors import LaunchError
+from deploy.settings import load_settings, value_of
+from shared.db.errors import DatabaseRefused
+from shared.db.ids import BUCKET_COUNT
+from shared.db.move.failpoints import FAILPOINT_VARIABLE, armed
+from shared.db.move.mover import Pace, Progress, Tools
+from shared.db.move.port import Move, MoveFailed, MoveLost, MoveRefused
+from shared.db.move.sqlite_folder import SqliteFolder
+from shared.db.move.sqlite_survey import disagreements, survey_folder
+from shared.db.shards import BucketMap
+
+DATA_SETTING = "TENFOLD_DATA"
+# A line of progress at most so often; the last of a step is always shown.
+REPORT_S = 1.0
+
+shards_app = typer.Typer(
+    name="shards",
+    help="Show where a service's data lives, and move parts of it while it is used.\n\n"
+    "A service's data is divided into 4,096 buckets; each lives on one shard. 'move' copies a "
+    "bucket while its rows are read and written, and keeps its writers waiting only for the last "
+    "moment. It may be stopped, or killed, at any time: the bucket stays whole and writable "
+    "where it was, or goes on where it was going, and the next mover ends what was left.\n\n"
+    "\b\n"
+    "    tenfold shards list media\n"
+    "    tenfold shards move media --buckets 0-3,17 --to 1\n"
+    "    tenfold shards verify media\n",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+ServiceArgument = Annotated[
+    str, typer.Argument(help="auth, media, notification, payment or reporting.")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", help=f"The mesh's data folder. Default: {DATA_SETTING}, else .tenfold."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+@shards_app.command(name="list")
+def list_(service: ServiceArgument, as_json: JsonOption = False, data: DataOption = None) -> None:
+    """List a service's shards: how many buckets each owns, and how large it is."""
+    with _folder(service, data) as folder:
+        surveys = survey_folder(folder.path)
+    rows = [
+        {
+            "shard": survey.index,
+            "buckets": len(survey.owned),
+            "bytes": survey.size_bytes,
+            "path": str(survey.path),
+        }
+        for survey in surveys
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print(f"{'shard':>5}  {'buckets':>7}  {'size':>10}  file")
+    for row in rows:
+        size = f"{int(str(row['bytes'])) / 2**20:.1f} MiB"
+        print(f"{row['shard']:>5}  {row['buckets']:>7}  {size:>10}  {row['path']}")
+
+
+@shards_app.command(name="map")
+def map_(
+    service: ServiceArgument,
+    bucket: Annotated[int | None, typer.Option(help="Only this one, 0 to 4095.")] = None,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+) -> None:
+    """Print which shard owns which buckets, as the shards themselves say."""
+    wanted = range(BUCKET_COUNT) if bucket is None else [_bucket(str(bucket))]
+    with _folder(service, data) as folder:
+        owned = {survey.index: set(survey.owned) for survey in survey_folder(folder.path)}
+    runs: list[dict[str, int | None]] = []
+    for number in wanted:
+        owner = next((index for index, buckets in owned.items() if number in buckets), None)
+        if runs and runs[-1]["shard"] == owner:
+            runs[-1]["last"] = number
+        else:
+            runs.append({"first": number, "last": number, "shard": owner})
+    if as_json:
+        print(json.dumps(runs))
+        return
+    for run in runs:
+        numbers = (
+            f"{run['first']}" if run["first"] == run["last"] else f"{run['first']}-{run['last']}"
+        )
+        place = "on its way" if run["shard"] is None else f"shard {run['shard']}"
+        print(f"{numbers:>11}  {place}")
+
+
+@shards_app.command()
+def move(
+    service: ServiceArgument,
+    *,
+    buckets: Annotated[str, typer.Option(help="Which: 17, or 0-3,17. One after the other.")],
+    to: Annotated[int, typer.Option(help="The shard that shall own them.")],
+    as_json: JsonOption = False,
+    data: DataOption = None,
+) -> None:
+    """Move buckets to another shard while they are read and written.
+
+    Ctrl-C gives the bucket that is on its way back; those that have moved stay moved. Exit code
+    1: one could not be moved, the sentence says why; those after it were not begun.
+    """
+    numbers = _buckets(buckets)
+    with _folder(service, data) as folder:
+        for number in numbers:
+            moved = _Moved(number, is_shown=not as_json)
+            try:
+                asyncio.run(folder.move(number, to, moved.tools()))
+            except KeyboardInterrupt:
+                raise LaunchError(f"Bucket {number} was not moved: you stopped it.") from None
+            moved.print_end(to, as_json=as_json)
+
+
+@shards_app.command()
+def status(service: ServiceArgument, as_json: JsonOption = False, data: DataOption = None) -> None:
+    """Show moves that have not ended: the bucket, how far it is, and whether its mover lives."""
+    with _folder(service, data) as folder:
+        moves = asyncio.run(folder.control.list_moves(is_open=True))
+    now_us = time.time_ns() // 1000
+    rows = [
+        {
+            "bucket": one.bucket,
+            "from": one.src,
+            "to": one.dst,
+            "phase": str(one.phase),
+            "mover_alive": one.lease_until_us > now_us,
+        }
+        for one in moves
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        life = (
+            "" if row["mover_alive"] else f"; its mover has gone: 'tenfold shards abort {service}'"
+        )
+        print(f"bucket {row['bucket']}: shard {row['from']} -> {row['to']}, {row['phase']}{life}")
+    if not rows:
+        print("No bucket is on its way.")
+
+
+@shards_app.command()
+def abort(service: ServiceArgument, data: DataOption = None) -> None:
+    """End every move that has not ended: back to where it was, or forward if that is decided.
+
+    A mover that still works finds itself replaced and stops.
+    """
+    with _folder(service, data) as folder:
+        moves = asyncio.run(folder.control.list_moves(is_open=True))
+        for one in moves:
+            tools = Tools(pace=replace(Pace(), grace_s=0.0))
+            settled = folder.settle(one, tools, preference="abort", is_forced=True)
+            print(f"bucket {one.bucket}: {str(asyncio.run(settled)).lower()}")
+    if not moves:
+        print("No bucket is on its way.")
+
+
+@shards_app.command()
+def verify(service: ServiceArgument, as_json: JsonOption = False, data: DataOption = None) -> None:
+    """Check that every bucket has one owner, that the map knows it, and that no row is astray.
+
+    Exit code 0: all is as it must be; 1: it is not, and the sentences say what to do.
+    """
+    with _folder(service, data) as folder:
+        moves: Sequence[Move] = asyncio.run(folder.control.list_moves(is_open=True))
+        bucket_map: BucketMap = asyncio.run(folder.control.read_map())
+        found = list(disagreements(survey_folder(folder.path), bucket_map))
+    if as_json:
+        print(json.dumps({"ok": not found, "open_moves": len(moves), "wrong": found}))
+    else:
+        print("\n".join(found) or "Every bucket has one owner, and the map knows it.")
+    if found:
+        raise typer.Exit(1)
+
+
+@dataclass
+class _Moved:
+    """One bucket's way, as the operator sees it."""
+
+    bucket: int
+    is_shown: bool
+    shown_at_s: float = 0.0
+    last: Progress | None = None
+
+    def tools(self) -> Tools:
+        """For the mover: it reports here."""
+        setting = value_of(FAILPOINT_VARIABLE, os.environ, load_settings())
+        try:
+            return Tools(report=self.report, visit=armed(setting))
+        except ValueError as error:
+            raise LaunchError(f"{error}.") from error
+
+    def report(self, progress: Progress) -> None:
+        """Print a line now and then."""
+        self.last = progress
+        now_s = time.monotonic()
+        if not self.is_shown or now_s - self.shown_at_s < REPORT_S:
+            return
+        self.shown_at_s = now_s
+        left = f", about {progress.left_s:.0f} s left" if progress.left_s else ""
+        print(
+            f"bucket {self.bucket}: {progress.step}, {progress.rows} of {progress.rows_total} "
+            f"rows, {progress.backlog} written meanwhile{left}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def print_end(self, to: int, *, as_json: bool) -> None:
+        """Say what came of it."""
+        rows = self.last.rows if self.last else 0
+        pause_ms = round((self.last.pause_s or 0.0) * 1000) if self.last else 0
+        if as_json:
+            row = {"bucket": self.bucket, "to": to, "rows": rows, "pause_ms": pause_ms}
+            print(json.dumps(row), flush=True)
+            return
+        print(f"bucket {self.bucket}: on shard {to}, {rows} rows; its writers waited {pause_ms} ms")
+
+
+@contextmanager
+def _folder(service: str, data: Path | None) -> Iterator[SqliteFolder]:
+    """The service's shards; what goes wrong with them is said in one sentence."""
+    settings = load_settings()
+    variable = f"TENFOLD_{service.upper()}_DATABASE"
+    if variable not in settings:
+        raise LaunchError(f"There is no service '{service}' with shards.")
+    if value_of(variable, os.environ, settings):
+        raise LaunchError(
+            f"The shards of {service} are on Postgres ({variable}), where buckets cannot be moved "
+            "yet; unset it to see those in the data folder."
+        )
+    root = data or Path(value_of(DATA_SETTING, os.environ, settings))
+    path = (root / "services" / service / "shards").absolute()
+    try:
+        if not (path / "control.sqlite").is_file():
+            raise DatabaseRefused(f"{path} holds no shards of {service}: has it ever been started?")
+        yield SqliteFolder(path)
+    except (MoveRefused, MoveFailed, MoveLost, DatabaseRefused) as error:
+        text = str(error)
+        raise LaunchError(f"{text[0].upper()}{text[1:]}.") from error
+
+
+def _buckets(text: str) -> list[int]:
+    """As numbers, each once, in that order: "0-3,17"."""
+    found: dict[int, None] = {}
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        ends = (_bucket(first), _bucket(last if dash else first))
+        found.update(dict.fromkeys(range(ends[0], ends[1] + 1)))
+    if not found:
+        raise LaunchError(f"--buckets {text!r} names none.")
+    return list(found)
+
+
+def _bucket(text: str) -> int:
+    if not text.strip().isascii() or not text.strip().isdigit() or int(text) >= BUCKET_COUNT:
+        raise LaunchError(f"{text!r} is no bucket: it must be 0 to {BUCKET_COUNT - 1}.")
+    return int(text)
