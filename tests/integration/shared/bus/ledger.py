@@ -14,21 +14,7 @@ from shared.db.port import OutboxRow, Shards, Transaction
 from shared.db.sqlite import open_sqlite_shards
 
 SECRET = b"a secret of thirty-two bytes....."
-MIGRATION = """
--- One row per applied event, and one more for every time it is applied again.
-CREATE TABLE applied (
-    bucket smallint NOT NULL,
-    id uuid NOT NULL,
-    tenant text NOT NULL,
-    owner uuid NOT NULL,
-    version bigint NOT NULL,
-    aggregate text NOT NULL,
-    event_no bigint NOT NULL,
-    reference text NOT NULL,
-    at bigint NOT NULL,
-    PRIMARY KEY (bucket, id)
-);
-"""
+MIGRATIONS = Path(__file__).parent / "migrations"
 OWNER = UUID("01890000-0000-7000-8000-000000000001")
 
 
@@ -36,12 +22,9 @@ OWNER = UUID("01890000-0000-7000-8000-000000000001")
 async def open_shards(
     folder: Path, service: str, clock: Clock, *, shard_count: int = 2
 ) -> AsyncIterator[Shards]:
-    migrations = folder / "sql"
-    migrations.mkdir(parents=True, exist_ok=True)
-    (migrations / "0001_applied.sql").write_text(MIGRATION)
     async with open_sqlite_shards(
         folder / service,
-        migrations=migrations,
+        migrations=MIGRATIONS,
         shard_count=shard_count,
         secret=SECRET,
         clock=clock,

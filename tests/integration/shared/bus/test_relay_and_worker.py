@@ -11,10 +11,10 @@ from shared.bus.worker import redrive, run_subscription
 from shared.clock import SystemClock
 from shared.db.port import OutboxRow
 from tests.integration.shared.bus.ledger import (
+    MIGRATIONS,
     applied,
     dead_letters,
     emit,
-    open_shards,
     order_of,
     posted,
     recording,
@@ -25,14 +25,16 @@ CLOCK = SystemClock()
 
 
 @pytest.fixture
-async def source(tmp_path):
-    async with open_shards(tmp_path, "payment", CLOCK) as shards:
+async def source(places):
+    place = await places.make(MIGRATIONS, service="payment", shard_count=2)
+    async with place.open(clock=CLOCK) as shards:
         yield shards
 
 
 @pytest.fixture
-async def sink(tmp_path):
-    async with open_shards(tmp_path, "reporting", CLOCK) as shards:
+async def sink(places):
+    place = await places.make(MIGRATIONS, service="reporting", shard_count=2)
+    async with place.open(clock=CLOCK) as shards:
         yield shards
 
 
