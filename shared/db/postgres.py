@@ -72,6 +72,9 @@ _END_BACKEND = """
 SELECT pg_terminate_backend(pid) AS ended FROM pg_stat_activity
 WHERE pid = $1 AND backend_start = $2
 """
+# What is seen may not be on the synchronous standby yet: the wait for it may be what was cut
+# short. A commit of our own comes after it, and is answered when both are there.
+_COMMIT_AFTER = "SELECT pg_logical_emit_message(true, 'tenfold', '')"
 _OUTBOX_ROW = "SELECT 1 AS there FROM outbox WHERE event_id = $1"
 _UNKNOWN = "the answer to a commit was lost, and its outcome is not known; repeat the request"
 _UNDONE = "the connection was lost before the commit; nothing has happened"
@@ -253,7 +256,7 @@ class PostgresShard:
         """Commit, or say that it did not happen, or that nobody can say."""
         BEFORE_COMMIT.visit()
         try:
-            await tx.connection.raw.execute("COMMIT")  # bounded by the command timeout
+            await tx.connection.commit()
         except ERRORS as error:
             translated = translate(error)
             if not isinstance(translated, Unavailable | DeadlineExceeded):
@@ -280,6 +283,8 @@ class PostgresShard:
                 while await self._is_alive(backend.pid, backend.started):
                     await _pause()
                 is_there = await self.fetch_all(evidence.sql, *evidence.arguments)
+                if is_there:
+                    await self.fetch_all(_COMMIT_AFTER)
         except TenfoldError as error:
             raise Unavailable(_UNKNOWN, retry_after_s=RETRY_AFTER_S) from error
         if not is_there:

@@ -93,6 +93,8 @@ class Connection:
         self.dies_at_s = math.inf
         self._tenants = tenants
         self._is_in_doubt = False
+        self._was_warned = False
+        raw.add_log_listener(self._on_message)
 
     @property
     def is_usable(self) -> bool:
@@ -104,6 +106,17 @@ class Connection:
         with self._watched():
             await self.raw.execute(sql)
         self._is_in_doubt = False
+
+    async def commit(self) -> None:
+        """COMMIT; raises one of ERRORS, or CommitDoubtful if it is not what was asked for."""
+        self._was_warned = False
+        await self.raw.execute("COMMIT")  # bounded by the command timeout
+        if self._was_warned:
+            # Somebody has ended the wait for the synchronous standby: committed here alone.
+            raise CommitDoubtful
+
+    def _on_message(self, raw: object, message: Any) -> None:  # noqa: ANN401
+        self._was_warned |= message.severity_en == "WARNING"
 
     async def fetch(self, sql: str, arguments: Sequence[object]) -> list[dict[str, Any]]:
         """Every row of a statement."""
@@ -242,6 +255,11 @@ def _keep_alive(raw: Any) -> None:  # noqa: ANN401
 
 
 # Errors ----------------------------------------------------------------------------------
+
+
+class CommitDoubtful(ConnectionError):
+    """The server has committed, and warned that it is not on the standby that must have it."""
+
 
 ERRORS = (
     asyncpg.PostgresError,

@@ -6,15 +6,22 @@ without any of that. That pool resets each connection that comes back, in a roun
 not need; the rows named "bare" are beside a pool that was told to reset nothing. Each figure is
 wall time per operation of one caller, the best of several rounds that alternate; the server does
 not flush to disk, which would hide the work.
+
+"growth rows": a write and a read in a table of 10^4 rows and in one of 10^6 (or as --rows says).
+"growth shards": the CPU that the server spends on a write and a read, over one shard and over
+eight, one eighth of the buckets after the other. If the shards took turns on two cores, what is in
+the cores' caches would be measured, and not the work. The ratio of both is largest ÷ smallest.
 """
 
+import argparse
 import asyncio
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,9 +29,10 @@ import asyncpg
 
 from deploy.local import postgres
 from deploy.local.address import free_addresses
+from deploy.local.processes import PROC
 from deploy.local.supervisor import open_supervisor
 from shared.clock import SystemClock
-from shared.db.ids import new_id, random_bucket
+from shared.db.ids import BUCKET_COUNT, new_id, random_bucket
 from shared.db.port import Shards
 from shared.db.postgres import open_postgres_shards
 from shared.db.postgres_shards import parse_servers
@@ -122,20 +130,124 @@ async def read_row(what: str, shards: Shards, pool: asyncpg.Pool) -> dict[str, o
     return row(what, *await microseconds(ours, plain))
 
 
-async def main() -> None:
+# Ids as shared/db/ids.py makes them: version 7, the bucket in rand_a, the number in the tail.
+FILL = """
+INSERT INTO thing (bucket, id, tenant, owner, label)
+SELECT made.bucket, made.id, 'default', made.id, 'row ' || made.number FROM (
+    SELECT number, number % 4096 AS bucket, (
+        '01900000-0000-7' || lpad(to_hex(number % 4096), 3, '0') || '-8000-'
+        || lpad(to_hex(number), 12, '0'))::uuid AS id
+    FROM generate_series({}, {}) AS number) AS made
+"""
+ROWS_SMALL, ROWS_LARGE = 10_000, 1_000_000
+SHARDS_MANY, OPERATIONS_OF_CPU, ROUNDS_OF_CPU = 8, 2000, 5
+BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name = 'tenfold-things'"
+
+
+def growth_row(what: str, unit: str, smallest: float, largest: float) -> dict[str, object]:
+    return {
+        "what": what,
+        "unit": unit,
+        "ours": round(largest, 1),
+        "peer": None,
+        "ratio": round(largest / smallest, 3),
+        "better": "lower",
+    }
+
+
+@asynccontextmanager
+async def serving(server: PostgresServer, shard_count: int) -> AsyncIterator[tuple[str, Shards]]:
+    """New shards of ours, and the setting that names them."""
+    async with (
+        server.shards(shard_count, migrations=MIGRATIONS, service="things") as setting,
+        open_postgres_shards(
+            parse_servers(setting, service="things"),
+            migrations=MIGRATIONS,
+            secret=SECRET,
+            clock=SystemClock(),
+            service="things",
+        ) as shards,
+    ):
+        yield setting, shards
+
+
+def write_and_read(shards: Shards, choose: Callable[[], int] = random_bucket) -> Operation:
+    async def operation() -> None:
+        bucket = choose()
+        key = new_id(bucket)
+        async with shards.holding(key).transaction() as tx:
+            await tx.execute(INSERT, bucket, key, "default", key, str(key))
+        assert await shards.holding(key).fetch_one(SELECT, bucket, key, "default")
+
+    return operation
+
+
+async def fill(server: PostgresServer, setting: str, first: int, last: int) -> None:
+    async with server.admin(setting.rpartition("/")[2]) as admin:
+        await admin.execute("SET session_replication_role = replica")
+        await admin.execute(FILL.format(first, last), timeout=600)
+        await admin.execute("VACUUM ANALYZE thing", timeout=600)
+
+
+async def growth_of_rows(server: PostgresServer, rows_large: int) -> dict[str, object]:
+    async with serving(server, 1) as (setting, shards):
+        await fill(server, setting, 1, ROWS_SMALL)
+        [small] = await microseconds(write_and_read(shards))
+        await fill(server, setting, ROWS_SMALL + 1, rows_large)
+        [large] = await microseconds(write_and_read(shards))
+    return growth_row("growth rows", "us", small, large)
+
+
+async def growth_of_shards(server: PostgresServer) -> dict[str, object]:
+    """CPU of the server's processes that serve us, the best of rounds that take turns."""
+    async with serving(server, 1) as (_, one), serving(server, SHARDS_MANY) as (_, many):
+        operations = [write_and_read(shards, shard_by_shard()) for shards in (one, many)]
+        for operation in operations:
+            await repeat(operation)  # every connection has its plans after that
+        async with server.admin() as admin:
+            pids = [row["pid"] for row in await admin.fetch(BACKENDS)]
+        best_s = [float("inf")] * len(operations)
+        for _ in range(ROUNDS_OF_CPU):
+            for index, operation in enumerate(operations):
+                before_s = cpu_s(pids)
+                await repeat(operation)
+                best_s[index] = min(best_s[index], cpu_s(pids) - before_s)
+    smallest, largest = (seconds / OPERATIONS_OF_CPU * 1e6 for seconds in best_s)
+    return growth_row("growth shards", "us of CPU", smallest, largest)
+
+
+def shard_by_shard() -> Callable[[], int]:
+    """Buckets of one eighth of all after the other: the same for one shard as for eight."""
+    numbers = itertools.count()
+    span = BUCKET_COUNT // SHARDS_MANY
+
+    def choose() -> int:
+        run = next(numbers) // (OPERATIONS_OF_CPU // SHARDS_MANY)
+        return run % SHARDS_MANY * span + random_bucket() % span
+
+    return choose
+
+
+async def repeat(operation: Operation) -> None:
+    for _ in range(OPERATIONS_OF_CPU):
+        await operation()
+
+
+def cpu_s(pids: Sequence[int]) -> float:
+    ticks = 0
+    for pid in pids:
+        stat = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        ticks += int(stat[11]) + int(stat[12])  # utime and stime, proc(5)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+async def main(rows_large: int) -> None:
     async with running_server() as server:
         [plain_dsn] = await server.make_databases(1)
         async with (
             asyncpg.create_pool(plain_dsn, min_size=1, max_size=4) as pool,
             asyncpg.create_pool(plain_dsn, min_size=1, max_size=4, reset=reset_nothing) as bare,
-            server.shards(1, migrations=MIGRATIONS, service="things") as setting,
-            open_postgres_shards(
-                parse_servers(setting, service="things"),
-                migrations=MIGRATIONS,
-                secret=SECRET,
-                clock=SystemClock(),
-                service="things",
-            ) as shards,
+            serving(server, 1) as (_, shards),
         ):
             await pool.execute(TABLE)
             rows = [
@@ -144,10 +256,14 @@ async def main() -> None:
                 await write_row("write, bare", shards, bare),
                 await read_row("read, bare", shards, bare),
             ]
+        rows += [await growth_of_rows(server, rows_large), await growth_of_shards(server)]
     for entry in rows:
-        print(f"{entry['what']}: {entry['ours']} us, plain {entry['peer']} us, x {entry['ratio']}")
+        beside = f", plain {entry['peer']}" if entry["peer"] else ""
+        print(f"{entry['what']}: {entry['ours']} {entry['unit']}{beside}, x {entry['ratio']}")
     print(json.dumps({"bench": "shards", "engine": "asyncpg", "rows": rows}))
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=ROWS_LARGE, help="of the largest table")
+    asyncio.run(main(parser.parse_args().rows))

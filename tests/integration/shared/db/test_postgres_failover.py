@@ -15,8 +15,11 @@ import pytest
 
 from deploy.local import postgres
 from deploy.local.address import Address, free_addresses
+from deploy.local.processes import family
 from deploy.local.program import Program
 from deploy.local.supervisor import WRAPPER
+from shared.db import limits, postgres_connection
+from shared.db import postgres as postgres_shards
 from shared.db.errors import DatabaseRefused
 from shared.errors import Unavailable
 from tests.databases import Contents, PostgresPlace
@@ -151,3 +154,59 @@ async def test_a_replica_alone_or_a_primary_of_the_past_is_refused_at_a_start(
     await pair.start(REPLICA, pair.addresses[1])
     await open_once(place)
     await postgres_server.drop_databases([control])
+
+
+async def require_standby(pair: Pair) -> None:
+    """From now on a commit waits for the replica."""
+    admin = await asyncpg.connect(pair.site.admin_dsn(pair.addresses[0]))
+    await admin.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+    await admin.execute("SELECT pg_reload_conf()")
+    async with asyncio.timeout(10):
+        states = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
+        while not await admin.fetchval(states):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await admin.close()
+
+
+@pytest.mark.parametrize("cut_short_by", ["our own patience", "an operator"])
+async def test_a_commit_that_is_not_on_the_standby_that_must_have_it_is_unknown(
+    pair, monkeypatch, cut_short_by
+):
+    await replicated(pair)
+    await require_standby(pair)
+    monkeypatch.setattr(limits, "STATEMENT_S_MAX", 0.2)
+    monkeypatch.setattr(postgres_connection, "GRACE_S", 0.2 if "our" in cut_short_by else 5)
+    monkeypatch.setattr(postgres_shards, "RESOLVE_S_MAX", 0.5)
+    async with pair.place.open() as shards:
+        await write(shards, "before")
+        frozen = pair.processes[REPLICA]
+        frozen.send_signal(signal.SIGSTOP)
+        for child in family(frozen.pid):
+            os.kill(child.pid, signal.SIGSTOP)
+        asked = once(user(NEAR), "between")
+        try:
+            writing = asyncio.create_task(add_once(shards, asked))
+            if cut_short_by == "an operator":
+                await end_the_wait(pair)
+            with pytest.raises(Unavailable, match="not known"):
+                await writing
+        finally:
+            for child in family(frozen.pid):
+                os.kill(child.pid, signal.SIGCONT)
+        await add_once(shards, asked)
+        assert await labels(shards) == ["before", "between"]
+
+
+async def add_once(shards, asked) -> None:
+    async with shards.bucket(NEAR).transaction(asked) as tx:
+        if not tx.answered:
+            await add_thing(tx, "between")
+
+
+async def end_the_wait(pair: Pair) -> None:
+    admin = await asyncpg.connect(pair.site.admin_dsn(pair.addresses[0]))
+    cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    async with asyncio.timeout(10):
+        while not await admin.fetch(cancel):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await admin.close()
