@@ -539,7 +539,10 @@ def admission_of(buckets: Collection[int], key: Once | None) -> str:
     Requests under one key take turns: the second then reads what the first has written.
     """
     listed = ",".join(str(int(bucket)) for bucket in sorted(buckets))
-    admission = f"SELECT tenfold_enter('{{{listed}}}')"
+    is_one = len(buckets) == 1
+    admission = (
+        f"CALL tenfold_enter_one({listed})" if is_one else f"SELECT tenfold_enter('{{{listed}}}')"
+    )
     if key is None:
         return admission
     content = f"{key.scope}\0{key.request_id}".encode()

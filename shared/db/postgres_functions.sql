@@ -15,20 +15,10 @@ CREATE OR REPLACE FUNCTION tenfold_enter(buckets int[]) RETURNS void
 LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     granule int;
-    held_state text;
     refused record;
-    admitted text;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         PERFORM FROM tenfold_bucket WHERE bucket = ANY (buckets) ORDER BY bucket FOR SHARE;
-    ELSIF cardinality(buckets) = 1 THEN
-        -- Nearly every transaction, so the shortest way; an IF needs no statement of its own.
-        IF pg_advisory_xact_lock_shared(1413826126, buckets[1] & 63) IS NOT NULL THEN END IF;
-        SELECT state INTO held_state FROM tenfold_bucket WHERE bucket = buckets[1];
-        IF held_state IN ('ACTIVE', 'MOVING') THEN
-            admitted := set_config('tenfold.buckets', ',' || buckets[1]::text || ',', true);
-            RETURN;
-        END IF;
     ELSE
         -- At most 64 locks, in one order: two batches never wait for each other.
         FOR granule IN SELECT DISTINCT number & 63 FROM unnest(buckets) AS number ORDER BY 1 LOOP
@@ -45,7 +35,26 @@ BEGIN
         RAISE EXCEPTION 'bucket_elsewhere' USING ERRCODE = 'MB001',
             DETAIL = row_to_json(refused)::text;
     END IF;
-    admitted := set_config('tenfold.buckets', ',' || array_to_string(buckets, ',') || ',', true);
+    PERFORM set_config('tenfold.buckets', ',' || array_to_string(buckets, ',') || ',', true);
+END
+$$;
+
+-- The same for one bucket under READ COMMITTED, which is nearly every transaction, in the shortest
+-- way: a CALL is not planned, and a bare expression needs no statement of its own.
+CREATE OR REPLACE PROCEDURE tenfold_enter_one(entered int)
+LANGUAGE plpgsql AS $$
+DECLARE
+    held_state text;
+    admitted text;
+BEGIN
+    IF pg_advisory_xact_lock_shared(1413826126, entered & 63) IS NOT NULL THEN END IF;
+    SELECT state INTO held_state FROM tenfold_bucket WHERE bucket = entered;
+    IF held_state IN ('ACTIVE', 'MOVING')
+        AND current_setting('transaction_isolation') = 'read committed' THEN
+        admitted := set_config('tenfold.buckets', ',' || entered::text || ',', true);
+    ELSE
+        PERFORM tenfold_enter(ARRAY[entered]);
+    END IF;
 END
 $$;
 

@@ -56,13 +56,14 @@ async def waiting_count(connection, count: int) -> None:
 # The fence ------------------------------------------------------------------------------------
 
 
-async def test_a_writer_that_waited_for_the_fence_sees_it_and_is_refused(place):
+@pytest.mark.parametrize(
+    "admission", [f"SELECT tenfold_enter('{{{NEAR}}}')", f"CALL tenfold_enter_one({NEAR})"]
+)
+async def test_a_writer_that_waited_for_the_fence_sees_it_and_is_refused(place, admission):
     async with connected(place) as fencer, connected(place) as writer, connected(place) as looker:
         async with fencer.transaction():
             await fencer.execute(LOCK, GRANULE_CLASS, NEAR & 63)
-            entering = asyncio.create_task(
-                writer.execute(f"BEGIN; SELECT tenfold_enter('{{{NEAR}}}')")
-            )
+            entering = asyncio.create_task(writer.execute(f"BEGIN; {admission}"))
             await waiting_count(looker, 1)
             await fencer.execute(FENCE, NEAR)
         with pytest.raises(asyncpg.PostgresError, match="bucket_elsewhere") as caught:
@@ -98,14 +99,19 @@ async def test_a_fence_stops_its_granule_and_no_other(place, shards):
 
 
 @pytest.mark.parametrize("isolation", ["repeatable_read", "serializable"])
-async def test_above_read_committed_a_fence_in_between_fails_the_writer(place, isolation):
+@pytest.mark.parametrize(
+    "admission", [f"SELECT tenfold_enter('{{{NEAR}}}')", f"CALL tenfold_enter_one({NEAR})"]
+)
+async def test_above_read_committed_a_fence_in_between_fails_the_writer(
+    place, admission, isolation
+):
     async with connected(place) as fencer, connected(place) as writer:
         transaction = writer.transaction(isolation=isolation)
         await transaction.start()
         await writer.fetchval("SELECT 1 FROM tenfold_bucket LIMIT 1")  # its snapshot
         await fencer.execute(FENCE, NEAR)
         with pytest.raises(asyncpg.SerializationError):
-            await writer.execute(f"SELECT tenfold_enter('{{{NEAR}}}')")
+            await writer.execute(admission)
         await transaction.rollback()
 
 
