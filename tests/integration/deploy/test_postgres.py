@@ -10,7 +10,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from deploy.local import postgres
+from deploy.local import postgres, unprivileged
 from deploy.local.address import free_addresses
 from deploy.local.errors import LaunchError
 from deploy.local.processes import PROC
@@ -89,6 +89,32 @@ async def test_a_data_folder_is_found_again(open_folder: Path):
             assert await connection.fetchval("SELECT count(*) FROM run") == run
             await connection.execute("INSERT INTO run VALUES ($1)", run)
             await connection.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has folders that Postgres cannot reach")
+async def test_what_roots_closed_folders_hold_is_served_from_a_place_that_postgres_reaches(
+    tmp_path: Path, open_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(unprivileged, "REFUGE", open_folder / "refuge")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    programs = postgres.binaries.postgres_folder(os.environ)
+    shutil.copytree(programs.parent, closed / "pgsql", symlinks=True)
+    environ = {"TENFOLD_POSTGRES_BIN": str(closed / "pgsql" / "bin")}
+    for _ in range(2):
+        [address] = free_addresses(1)
+        site = postgres.open_site(closed / "data", environ, is_durable=False)
+        postgres.make_primary(site)
+        async with open_supervisor(logs=tmp_path, say=print) as supervisor:
+            await supervisor.start(postgres.postgres_program(site, address))
+            await postgres.ensure_databases(site, address, ["things"])
+    assert not (closed / "data").exists()
+    places = sorted(path.name.split("-")[0] for path in (open_folder / "refuge").iterdir())
+    assert len(places) == 2
+    assert places[-1] == "programs"
+    secrets = [path for path in site.folder.iterdir() if "password" in path.name]
+    assert {path.stat().st_mode & 0o777 for path in secrets} == {0o600}
+    assert site.data_of("primary").stat().st_mode & 0o777 == 0o700
 
 
 def test_programs_that_are_not_there_are_named(tmp_path: Path):
