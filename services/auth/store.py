@@ -32,6 +32,7 @@ from services.auth.domain import (
 )
 from shared.clock import Clock, of_us, to_us
 from shared.crashpoints import CrashPoint
+from shared.db.errors import UniqueViolation
 from shared.db.ids import bucket_of, new_id
 from shared.db.once import keyed_id_bucket
 from shared.db.port import Once, Row, Shards, Transaction
@@ -476,6 +477,12 @@ class SqlAuthStore:
 
     async def ensure_admin_key(self, secret: ApiKeySecret, key: ApiKey) -> None:
         """Make the operator's key known, with a service account to own it; safe to repeat."""
+        try:
+            await self._ensure_admin_key(secret, key)
+        except UniqueViolation:  # another process that starts just now was faster: it is there
+            await self._ensure_admin_key(secret, key)
+
+    async def _ensure_admin_key(self, secret: ApiKeySecret, key: ApiKey) -> None:
         async with self._shards.bucket(secret.bucket).transaction() as tx:
             row = await tx.fetch_one(SELECT_KEY_BY_SECRET, tx.bucket, secret.hash)
             if row is not None:

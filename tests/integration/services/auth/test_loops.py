@@ -1,14 +1,17 @@
 """What runs beside the requests outlives a database that is down or busy for a while."""
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 
 from services.auth import revocations, store
+from services.auth.domain import ApiKey, ApiKeySecret, KeyKind
 from services.auth.revocations import RevocationHub
 from services.auth.store import SqlAuthStore
 from services.auth.wiring import MIGRATIONS
 from shared.db import limits, sqlite_writer
+from shared.db.ids import new_id
 from shared.errors import DeadlineExceeded, Overloaded, Unavailable
 from shared.identity import RevocationList
 from tests.fakes import ManualClock
@@ -85,3 +88,29 @@ async def test_a_revocation_that_waited_for_the_writer_is_not_overlooked(clock, 
     await asyncio.wait([running])
     late_s = sqlite_writer.WAIT_S_MAX + 1.5 * limits.TURN_S_MAX
     assert all((now - since).total_seconds() > late_s for since, now in looks)
+
+
+async def test_processes_that_start_at_once_agree_on_the_admin_key(shards, clock):
+    auth = SqlAuthStore(shards, clock, SECRET, RevocationHub(clock, RevocationList(clock=clock)))
+    secret = ApiKeySecret.make(KeyKind.ADMIN, 77)
+
+    def key() -> ApiKey:
+        return ApiKey(
+            id=new_id(77),
+            tenant="default",
+            owner=new_id(77),
+            kind=KeyKind.ADMIN,
+            display_name="The operator's key",
+            scopes=frozenset({"ledger.post"}),
+            prefix=secret.prefix,
+            last_four=secret.last_four,
+            is_revoked=False,
+            created_at=clock.now(),
+            expires_at=clock.now() + timedelta(days=1),
+        )
+
+    await asyncio.gather(*(auth.ensure_admin_key(secret, key()) for _ in range(4)))
+    found = await auth.find_key(secret)
+    assert found is not None
+    counted = "SELECT count(*) AS n FROM service_account /* any tenant: a test counts */"
+    assert await shards.bucket(77).fetch_one(counted) == {"n": 1}

@@ -7,11 +7,18 @@ from dataclasses import replace
 import pytest
 
 from shared import deadline
-from shared.db import postgres, postgres_pool
+from shared.db import postgres, postgres_connection, postgres_pool
 from shared.db.ids import new_id
 from shared.db.port import OutboxRow
 from shared.db.scatter import scatter
-from shared.errors import Aborted, DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from shared.errors import (
+    Aborted,
+    DeadlineExceeded,
+    IdempotencyInFlight,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from tests.integration.shared.db.conftest import (
     FAR,
     INSERT_THING,
@@ -206,6 +213,24 @@ async def test_a_deadlock_ends_one_of_the_two_and_says_try_again(shards):
 
     outcomes = await asyncio.gather(lock("a", "b"), lock("b", "a"), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes if outcome is not None] == [Aborted]
+
+
+async def test_a_repeat_of_a_request_that_still_runs_is_told_so(proxy, monkeypatch):
+    monkeypatch.setattr(postgres_connection, "LOCK_S_MAX", 0.2)
+    asked = once(user(NEAR))
+    async with proxy.place.open() as shards:
+        async with shards.bucket(NEAR).transaction(asked) as tx:
+            await tx.answer_with(b"the answer")
+            with pytest.raises(IdempotencyInFlight) as caught:
+                await asyncio.create_task(repeat(shards, asked))
+            assert caught.value.retry_after_s
+        assert await repeat(shards, asked) == b"the answer"
+
+
+async def repeat(shards, asked) -> bytes:
+    async with shards.bucket(NEAR).transaction(asked) as tx:
+        assert tx.answered
+        return tx.answer
 
 
 async def test_a_schema_that_changes_under_a_prepared_statement_costs_one_retry(proxy, shards):
