@@ -33,7 +33,14 @@ from shared.db.ids import bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S, bounded
 from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
 from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction, only
-from shared.db.postgres_connection import ERRORS, Connection, Server, Unreachable, translate
+from shared.db.postgres_connection import (
+    ERRORS,
+    GRACE_S,
+    Connection,
+    Server,
+    Unreachable,
+    translate,
+)
 from shared.db.postgres_pool import Pool
 from shared.db.postgres_primary import Primary
 from shared.db.postgres_shards import Plan, prepare
@@ -218,7 +225,8 @@ class PostgresShard:
     async def _fetch_once(self, sql: str, *arguments: object) -> list[dict[str, Any]]:
         connection = await self.readers.take()
         try:
-            return await connection.fetch(sql, arguments)
+            left_s = deadline.timeout_s(limits.STATEMENT_S_MAX + GRACE_S)
+            return await connection.fetch(sql, arguments, timeout_s=left_s)
         finally:
             self.readers.give_back(connection)
 

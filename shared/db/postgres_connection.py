@@ -118,11 +118,13 @@ class Connection:
     def _on_message(self, raw: object, message: Any) -> None:  # noqa: ANN401
         self._was_warned |= message.severity_en == "WARNING"
 
-    async def fetch(self, sql: str, arguments: Sequence[object]) -> list[dict[str, Any]]:
-        """Every row of a statement."""
+    async def fetch(
+        self, sql: str, arguments: Sequence[object], *, timeout_s: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Every row of a statement, within this time if it is less than any statement has."""
         self._tenants.require(sql)
         with self._watched():
-            records = await self.raw.fetch(to_postgres(sql), *arguments)
+            records = await self.raw.fetch(to_postgres(sql), *arguments, timeout=timeout_s)
         return [dict(record) for record in records]
 
     async def execute(self, sql: str, arguments: Sequence[object]) -> int:
@@ -271,6 +273,7 @@ ERRORS = (
 )
 _UNIQUE, _CHECK, _NOT_NULL, _FOREIGN_KEY = "23505", "23514", "23502", "23503"
 _RACES_LOST = frozenset({"40001", "40P01", "55P03"})
+_TOO_SLOW_SENTENCE = "a statement took longer than it may, or than the call had left"
 _TOO_SLOW = frozenset({"57014", "25P03", "25P04"})
 # Connections, resources, operators, a standby where a primary was expected, a broken disk.
 _UNAVAILABLE_CLASSES = frozenset({"08", "53", "57", "58", "XX"})
@@ -284,7 +287,7 @@ def translate(error: BaseException) -> Exception:
     if isinstance(error, asyncpg.OutdatedSchemaCacheError):
         return Aborted("the schema has changed meanwhile; try again")
     if isinstance(error, TimeoutError):
-        return DeadlineExceeded(f"a statement ran longer than {limits.STATEMENT_S_MAX:g} s")
+        return DeadlineExceeded(_TOO_SLOW_SENTENCE)
     return unavailable()
 
 
@@ -301,7 +304,7 @@ def _of_server(error: Any) -> Exception:  # noqa: ANN401 - asyncpg is untyped
     elif state in _RACES_LOST or isinstance(error, asyncpg.InvalidCachedStatementError):
         found = Aborted("another was faster; try again", retry_after_s=RETRY_AFTER_S)
     elif state in _TOO_SLOW:
-        found = DeadlineExceeded(f"a statement ran longer than {limits.STATEMENT_S_MAX:g} s")
+        found = DeadlineExceeded(_TOO_SLOW_SENTENCE)
     elif state == "22003":
         found = ConstraintViolation("integer_overflow")
     elif state == "22021":

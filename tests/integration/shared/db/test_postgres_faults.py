@@ -135,10 +135,17 @@ async def test_a_frozen_server_costs_no_more_than_the_callers_time(proxy, shards
         async with shards.bucket(NEAR).transaction() as tx:
             await add_thing(tx, "a")
 
+    async def look(timeout_s: float) -> None:
+        deadline.set_deadline(asyncio.get_running_loop().time() + timeout_s)
+        await shards.bucket(NEAR).fetch_all(LIST_LABELS, "default")
+
     await asyncio.create_task(ask(10))
+    await asyncio.create_task(look(10))
     proxy.fault = "frozen"
-    with pytest.raises(DeadlineExceeded):
-        await asyncio.create_task(ask(0.3))
+    for call in (ask, look):
+        async with asyncio.timeout(3):
+            with pytest.raises(DeadlineExceeded):
+                await asyncio.create_task(call(0.3))
     proxy.fault = ""
     async with asyncio.timeout(2), shards.bucket(NEAR).transaction() as tx:
         await add_thing(tx, "b")
