@@ -130,6 +130,10 @@ class Aborted(TenfoldError):
     reason = "ABORTED"
 
 
+class RaceLost(Aborted):
+    """A transaction was undone whole by the database; a server tries the call again itself."""
+
+
 class Unavailable(TenfoldError):
     """A part that is needed does not answer."""
 

@@ -27,7 +27,14 @@ from shared.db.errors import (
 from shared.db.limits import RETRY_AFTER_S
 from shared.db.sql import to_postgres
 from shared.db.tenancy import TenantCheck
-from shared.errors import Aborted, DeadlineExceeded, InvalidRequest, TenfoldError, Unavailable
+from shared.errors import (
+    Aborted,
+    DeadlineExceeded,
+    InvalidRequest,
+    RaceLost,
+    TenfoldError,
+    Unavailable,
+)
 
 CONNECT_S_MAX = 3.0
 # How long a statement waits for a row or for a bucket's granule.
@@ -272,7 +279,8 @@ ERRORS = (
     asyncio.IncompleteReadError,
 )
 _UNIQUE, _CHECK, _NOT_NULL, _FOREIGN_KEY = "23505", "23514", "23502", "23503"
-_RACES_LOST = frozenset({"40001", "40P01", "55P03"})
+_RACES_LOST = frozenset({"40001", "40P01"})
+_LOCK_NOT_GIVEN = "55P03"
 _TOO_SLOW_SENTENCE = "a statement took longer than it may, or than the call had left"
 _TOO_SLOW = frozenset({"57014", "25P03", "25P04"})
 # Connections, resources, operators, a standby where a primary was expected, a broken disk.
@@ -285,7 +293,7 @@ def translate(error: BaseException) -> Exception:
     if isinstance(error, asyncpg.PostgresError):
         return _of_server(error)
     if isinstance(error, asyncpg.OutdatedSchemaCacheError):
-        return Aborted("the schema has changed meanwhile; try again")
+        return RaceLost("the schema has changed meanwhile; try again")
     if isinstance(error, TimeoutError):
         return DeadlineExceeded(_TOO_SLOW_SENTENCE)
     return unavailable()
@@ -302,7 +310,9 @@ def _of_server(error: Any) -> Exception:  # noqa: ANN401 - asyncpg is untyped
     elif state == "MB002":
         found = BucketNotAdmitted(str(error))
     elif state in _RACES_LOST or isinstance(error, asyncpg.InvalidCachedStatementError):
-        found = Aborted("another was faster; try again", retry_after_s=RETRY_AFTER_S)
+        found = RaceLost("another was faster; try again", retry_after_s=RETRY_AFTER_S)
+    elif state == _LOCK_NOT_GIVEN:
+        found = Aborted("another holds this for too long; try again", retry_after_s=RETRY_AFTER_S)
     elif state in _TOO_SLOW:
         found = DeadlineExceeded(_TOO_SLOW_SENTENCE)
     elif state == "22003":

@@ -10,6 +10,7 @@ engine hands over raw bytes: identity and permission are checked before a byte i
 """
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -27,6 +28,7 @@ from shared.errors import (
     InvalidRequest,
     Overloaded,
     PermissionDenied,
+    RaceLost,
     TenfoldError,
     Unauthenticated,
     Unavailable,
@@ -49,6 +51,9 @@ from shared.telemetry.metrics import Metrics
 
 REQUEST_ID_CHARACTERS_MAX = 128
 IDEMPOTENCY_KEY = "idempotency-key"
+# Two more tries: the transaction that lost has been undone whole, and the winner has gone on.
+RACE_PAUSES_S = (0.01, 0.05)
+_REPEATABLE = frozenset({Idempotency.SAFE, Idempotency.REPEATABLE, Idempotency.KEYED})
 IDEMPOTENCY_KEY_CHARACTERS_MAX = 255
 METADATA_BYTES_MAX = 16 * 1024
 # Long enough for any message over a slow link; short enough to free what an attacker holds.
@@ -171,6 +176,8 @@ class _Guarded:
         self._reader = RequestReader(handler.request_deserializer)
         self._serialize: Callable[[Any], bytes] = handler.response_serializer or _no_codec
         self._needs_key = policy.idempotency is Idempotency.KEYED
+        may_repeat = policy.idempotency in _REPEATABLE and not policy.client_streaming
+        self._race_pauses_s = RACE_PAUSES_S if may_repeat else ()
         self._admitted = _ADMITTED[policy.access]
 
     async def serve_unary(self, _requests: object, rpc: Any) -> bytes:  # noqa: ANN401
@@ -183,7 +190,7 @@ class _Guarded:
             # Only now: a call whose message never comes holds no place (spec d.1, S76).
             self._limiter.enter()
             try:
-                answer = await self._behaviour(self._request_of(raw, call, rpc), call)
+                answer = await self._answer(self._request_of(raw, call, rpc), call)
             finally:
                 self._limiter.leave()
             result = self._serialize(answer)
@@ -192,6 +199,15 @@ class _Guarded:
         self._chain.expiry.forget(call)
         self._note_end(call, "OK")
         return result
+
+    async def _answer(self, request: Any, call: Context) -> Any:  # noqa: ANN401
+        """Run the method; what lost a race in the database is run again, if it may be repeated."""
+        for pause_s in self._race_pauses_s:
+            try:
+                return await self._behaviour(request, call)
+            except RaceLost:
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+        return await self._behaviour(request, call)
 
     async def serve_stream(self, _requests: object, rpc: Any) -> None:  # noqa: ANN401
         """A stream of answers; see RpcMethod.serve."""

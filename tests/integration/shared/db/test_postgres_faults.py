@@ -12,11 +12,11 @@ from shared.db.ids import new_id
 from shared.db.port import OutboxRow
 from shared.db.scatter import scatter
 from shared.errors import (
-    Aborted,
     DeadlineExceeded,
     IdempotencyInFlight,
     InvalidRequest,
     Overloaded,
+    RaceLost,
     Unavailable,
 )
 from tests.integration.shared.db.conftest import (
@@ -219,7 +219,7 @@ async def test_a_deadlock_ends_one_of_the_two_and_says_try_again(shards):
             await tx.execute(statement, second)
 
     outcomes = await asyncio.gather(lock("a", "b"), lock("b", "a"), return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes if outcome is not None] == [Aborted]
+    assert [type(outcome) for outcome in outcomes if outcome is not None] == [RaceLost]
 
 
 async def test_a_repeat_of_a_request_that_still_runs_is_told_so(proxy, monkeypatch):
@@ -252,7 +252,7 @@ async def test_a_schema_that_changes_under_a_prepared_statement_costs_one_retry(
     await proxy.place.run_raw(0, "ALTER TABLE thing ADD COLUMN colour text")
     try:
         await shards.bucket(NEAR).fetch_all(select, "default")
-        with pytest.raises(Aborted):
+        with pytest.raises(RaceLost):
             await read_inside()
         await read_inside()
     finally:
