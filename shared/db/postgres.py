@@ -38,7 +38,7 @@ from shared.db.postgres_connection import (
     GRACE_S,
     Connection,
     Server,
-    Unreachable,
+    ShardUnreachable,
     translate,
 )
 from shared.db.postgres_pool import Pool
@@ -214,7 +214,7 @@ class PostgresShard:
     async def _fetch(self, sql: str, *arguments: object) -> list[dict[str, Any]]:
         try:
             return await self._fetch_once(sql, *arguments)
-        except Unreachable:
+        except ShardUnreachable:
             if not await self.follow():
                 raise
         except Unavailable:
@@ -528,7 +528,7 @@ class BucketTurn:
                 # Nothing has begun, so it may be begun again.
                 tries_left -= 1
                 is_other = await shard.follow()
-                if not tries_left or (isinstance(error, Unreachable) and not is_other):
+                if not tries_left or (isinstance(error, ShardUnreachable) and not is_other):
                     raise
 
     async def __aexit__(

@@ -46,7 +46,7 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
 UNACKNOWLEDGED_MS_MAX = 20_000
 
 
-class Unreachable(Unavailable):
+class ShardUnreachable(Unavailable):
     """Nobody takes connections at the shard's primary; nothing has been asked."""
 
 
@@ -186,7 +186,7 @@ async def open_connection(
         timeline_min: a primary on an older one is of the past.
 
     Raises:
-        Unreachable: nobody answers there, or it refuses us; the sentence names the shard.
+        ShardUnreachable: nobody answers there, or it refuses us; the sentence names the shard.
     """
     try:
         raw = await connect(server)
@@ -197,7 +197,7 @@ async def open_connection(
                     f"{server.name} has no primary there", retry_after_s=RETRY_AFTER_S
                 )
     except ERRORS as error:
-        raise Unreachable(
+        raise ShardUnreachable(
             f"{server.name} cannot be reached", retry_after_s=RETRY_AFTER_S
         ) from error
     return Connection(raw, tenants, Backend(row["pid"], row["started"]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from shared import deadline
 from shared.db.limits import CLOSE_S_MAX, RETRY_AFTER_S
-from shared.db.postgres_connection import Connection, Unreachable, open_connection
+from shared.db.postgres_connection import Connection, ShardUnreachable, open_connection
 from shared.db.postgres_primary import Primary
 from shared.db.tenancy import TenantCheck
 from shared.errors import DeadlineExceeded, Overloaded, Unavailable
@@ -71,7 +71,7 @@ class Pool:
         Raises:
             Overloaded: too many wait, or have waited too long.
             DeadlineExceeded: the caller's time was spent waiting.
-            Unreachable: nobody takes connections there.
+            ShardUnreachable: nobody takes connections there.
         """
         if self._is_closed:
             raise Unavailable("the database is closing", retry_after_s=RETRY_AFTER_S)
@@ -121,7 +121,7 @@ class Pool:
         if time.monotonic() < self._refused_until_s:
             self._slots.release()
             name = self.primary.server.name
-            raise Unreachable(f"{name} cannot be reached", retry_after_s=RETRY_AFTER_S)
+            raise ShardUnreachable(f"{name} cannot be reached", retry_after_s=RETRY_AFTER_S)
         # A task of its own: asyncpg leaves things behind when it is cancelled while connecting.
         primary = self.primary
         opening = asyncio.create_task(

@@ -30,6 +30,7 @@ TABLE = {
     errors.DataLoss: (500, "DATA_LOSS"),
     errors.IdempotencyKeyReused: (422, "INVALID_ARGUMENT"),
     errors.IdempotencyInFlight: (409, "ABORTED"),
+    errors.RaceLost: (409, "ABORTED"),
 }
 
 
