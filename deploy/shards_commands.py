@@ -19,6 +19,7 @@ from shared.db.errors import DatabaseRefused
 from shared.db.ids import BUCKET_COUNT
 from shared.db.move.failpoints import FAILPOINT_VARIABLE, armed
 from shared.db.move.mover import Pace, Progress, Tools
+from shared.db.move.place import move_bucket, settle_move
 from shared.db.move.port import Move, MoveFailed, MoveLost, MoveRefused
 from shared.db.move.sqlite_folder import SqliteFolder
 from shared.db.move.sqlite_survey import disagreements, survey_folder
@@ -124,7 +125,7 @@ def move(
         for number in numbers:
             moved = _Moved(number, is_shown=not as_json)
             try:
-                asyncio.run(folder.move(number, to, moved.tools()))
+                asyncio.run(move_bucket(folder, number, to, moved.tools()))
             except KeyboardInterrupt:
                 raise LaunchError(f"Bucket {number} was not moved: you stopped it.") from None
             moved.print_end(to, as_json=as_json)
@@ -168,7 +169,7 @@ def abort(service: ServiceArgument, data: DataOption = None) -> None:
         moves = asyncio.run(folder.control.list_moves(is_open=True))
         for one in moves:
             tools = Tools(pace=replace(Pace(), grace_s=0.0))
-            settled = folder.settle(one, tools, preference="abort", is_forced=True)
+            settled = settle_move(folder, one, tools, preference="abort", is_forced=True)
             print(f"bucket {one.bucket}: {str(asyncio.run(settled)).lower()}")
     if not moves:
         print("No bucket is on its way.")

@@ -26,6 +26,7 @@ from shared.db.following import Following, moving
 from shared.db.ids import BUCKET_COUNT, bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S
 from shared.db.move.mover import Tools
+from shared.db.move.place import settle_left
 from shared.db.move.port import MoveFailed
 from shared.db.move.sqlite_folder import SqliteFolder
 from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
@@ -365,7 +366,7 @@ class SqliteShards:
                 async with self.settling:
                     tools = Tools(clock=self.shards[0].clock, collects=False)
                     with suppress(MoveFailed, DatabaseRefused):
-                        await self.folder.settle_left(bucket, tools)
+                        await settle_left(self.folder, bucket, tools)
         return self.bucket_map.shard_index(bucket) != before
 
     def _has_all(self, bucket_map: BucketMap) -> bool:

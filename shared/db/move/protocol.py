@@ -41,6 +41,7 @@ class Phase(StrEnum):
     ABORTED = "ABORTED"
 
 
+OWNING: Final = frozenset({State.ACTIVE, State.MOVING, State.FENCED})
 UNDECIDED: Final = frozenset({Phase.PLAN, Phase.CAPTURE, Phase.COPIED, Phase.FENCED})
 CLOSED: Final = frozenset({Phase.DONE, Phase.ABORTED})
 _NO_COUNT: Final = 0

@@ -76,7 +76,7 @@ class SqliteControl:
         except sqlite3.IntegrityError as error:
             for other in await self.list_moves(is_open=True):
                 if other.bucket == move.bucket or other.src == move.src:
-                    raise _refused(move, other) from error
+                    raise refused(move, other) from error
             raise
 
     async def decide(self, move: Move, decision: Decision, reason: str = "") -> bool:
@@ -191,7 +191,8 @@ def _row_of_move(move: Move) -> tuple[object, ...]:
     return (*places, *token, move.lease_until_us, move.facts, move.reason)
 
 
-def _refused(move: Move, other: Move) -> MoveRefused:
+def refused(move: Move, other: Move) -> MoveRefused:
+    """Why a move cannot begin beside another."""
     what = f"bucket {move.bucket}" if other.bucket == move.bucket else f"shard {move.src}"
     return MoveRefused(
         f"{what} is on a move already (bucket {other.bucket} from shard {other.src} to "

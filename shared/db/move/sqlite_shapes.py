@@ -1,12 +1,11 @@
 """A SQLite file's tables as a move sees them, and the triggers that mark what is written."""
 
 import sqlite3
-from collections.abc import Iterator, Sequence
-from uuid import UUID
+from collections.abc import Iterator
 
-from shared.db.move.port import Key, MoveRefused, Shape
+from shared.db.move.port import MoveRefused, Shape
+from shared.db.move.shapes import shape_from
 
-_BINARY_KINDS = frozenset({"uuid", "bytea"})
 _CAPTURE = """CREATE TRIGGER {name} AFTER {operation} ON {table}
 WHEN (SELECT state FROM tenfold_bucket WHERE bucket = {row}.bucket) = 'MOVING'
 BEGIN
@@ -53,15 +52,9 @@ def shape_of(connection: sqlite3.Connection, table: str) -> Shape | None:
     primary = [
         column[1] for column in sorted(columns, key=lambda column: column[5]) if column[5] > 0
     ]
-    if len(primary) > 1 and primary[0] == "bucket":
-        key, page_order, numbered = tuple(primary[1:]), tuple(primary[1:]), ""
-    elif len(primary) == 1 and kinds[primary[0]] == "integer":
-        # Each shard numbers its own rows; another unique column says which is which.
-        numbered, page_order, key = primary[0], (primary[0],), _other_key(connection, table)
-    else:
-        return None
-    names = tuple(name for name in kinds if name != numbered)
-    return Shape(table, names, key, page_order, numbered, kinds) if key else None
+    is_numbered = len(primary) == 1 and kinds[primary[0]] == "integer"
+    other_key = _other_key(connection, table) if is_numbered else ()
+    return shape_from(table, kinds, primary, other_key)
 
 
 def _columns_of(
@@ -112,32 +105,3 @@ def capture_triggers(shape: Shape) -> Iterator[tuple[str, str]]:
 
 def _key_sql(shape: Shape, row: str) -> str:
     return " || ',' || ".join(f"hex({row}.{column})" for column in shape.key)
-
-
-def text_of_key(key: Sequence[object]) -> str:
-    """A key as marks and cursors hold it: what SQLite's hex makes of each column."""
-    return ",".join(_bytes_of(value).hex().upper() for value in key)
-
-
-def key_of_text(shape: Shape, columns: Sequence[str], text: str) -> Key:
-    """The values of these columns from what text_of_key made of them."""
-    parts = [bytes.fromhex(part) for part in text.split(",")]
-    return tuple(
-        _value_of(part, shape.kinds[column]) for part, column in zip(parts, columns, strict=True)
-    )
-
-
-def _bytes_of(value: object) -> bytes:
-    match value:
-        case bytes():
-            return value
-        case UUID():
-            return value.bytes
-        case _:
-            return str(value).encode()
-
-
-def _value_of(content: bytes, kind: str) -> object:
-    if kind in _BINARY_KINDS:
-        return content
-    return content.decode() if kind == "text" else int(content)

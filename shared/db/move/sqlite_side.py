@@ -19,7 +19,8 @@ from uuid import UUID
 from shared.db.errors import DatabaseRefused
 from shared.db.move.port import Batch, Held, Key, Move, MoveFailed, Page, Shape
 from shared.db.move.protocol import Change, State, Token
-from shared.db.move.sqlite_shapes import key_of_text, list_shapes, text_of_key
+from shared.db.move.shapes import key_of_text, text_of_key
+from shared.db.move.sqlite_shapes import list_shapes
 
 T = TypeVar("T")
 BUSY_S_MAX = 5.0

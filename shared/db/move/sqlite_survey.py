@@ -8,11 +8,10 @@ from pathlib import Path
 
 from shared.db.errors import DatabaseRefused
 from shared.db.ids import BUCKET_COUNT
-from shared.db.move.protocol import State
+from shared.db.move.protocol import OWNING, State
 from shared.db.move.sqlite_shapes import bucketed_tables
 from shared.db.shards import BucketMap
 
-OWNING = frozenset({State.ACTIVE, State.MOVING, State.FENCED})
 _STRAYS = """
 SELECT count(*) FROM {table} WHERE bucket NOT IN (
     SELECT bucket FROM tenfold_bucket WHERE state NOT IN ('ABSENT', 'ABORTED'))

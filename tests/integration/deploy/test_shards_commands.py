@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from deploy.cli import main
+from shared.db.move.place import move_bucket
 from tests.integration.shared.db.move.conftest import BUCKET, Place, add_counters, tools
 
 
@@ -48,7 +49,7 @@ def leave(place: Place, step: str) -> None:
             raise Killed
 
     with suppress(Killed):
-        asyncio.run(place.folder.move(BUCKET, 1, replace(tools(), visit=visit)))
+        asyncio.run(move_bucket(place.folder, BUCKET, 1, replace(tools(), visit=visit)))
 
 
 def test_a_bucket_moves_and_every_command_knows_it(place, tenfold):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from shared.db.move.failpoints import FAILPOINT_VARIABLE, armed
 from shared.db.move.mover import Pace, Tools
+from shared.db.move.place import move_bucket, settle_move
 from shared.db.move.port import MoveFailed, MoveLost
 from shared.db.move.protocol import Phase
 from tests.integration.shared.db.move.conftest import Place
@@ -53,11 +54,11 @@ async def run(command: dict) -> Phase:
     tools, folder = tools_of(place), place.folder
     if command["how"] == "settle":
         [move] = await folder.control.list_moves(is_open=True)
-        return await folder.settle(move, tools, preference="abort", is_forced=True)
+        return await settle_move(folder, move, tools, preference="abort", is_forced=True)
     if command["how"] == "fail":
         # Its precheck finds too much waiting: it aborts by itself.
         tools = replace(tools, pace=replace(PACE, unsent_max=-1))
-    return await folder.move(command["bucket"], command["dst"], tools)
+    return await move_bucket(folder, command["bucket"], command["dst"], tools)
 
 
 def child(command: dict) -> str:

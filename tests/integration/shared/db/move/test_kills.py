@@ -18,6 +18,7 @@ import pytest
 
 from shared.db.move.failpoints import FAILPOINTS
 from shared.db.move.mover import Tools
+from shared.db.move.place import settle_move
 from shared.db.move.port import MoveRefused
 from tests.integration.shared.db.move.conftest import BUCKET, Place, add_counters
 from tests.integration.shared.db.move.mover_host import PACE
@@ -68,7 +69,9 @@ class Arena:
         while moves := await control.list_moves(is_open=True):
             assert time.monotonic() < deadline_s, moves
             try:
-                await self.place.folder.settle(moves[0], Tools(pace=PACE), preference=preference)
+                await settle_move(
+                    self.place.folder, moves[0], Tools(pace=PACE), preference=preference
+                )
             except MoveRefused:
                 await asyncio.sleep(0.05)
 

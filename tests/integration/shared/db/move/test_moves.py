@@ -10,6 +10,7 @@ import pytest
 
 from shared.db import todo
 from shared.db.ids import new_id
+from shared.db.move.place import move_bucket, settle_move
 from shared.db.move.port import MoveFailed, MoveLost, MoveRefused
 from shared.db.move.protocol import Phase
 from shared.db.port import Once, OutboxRow
@@ -67,7 +68,7 @@ async def test_a_move_carries_every_table_and_leaves_a_signpost(place, shards):
         await todo.add_todo(tx, todo.Todo(BUCKET, first, "later", b"x"), next_at_us=1)
         await tx.answer_with(b"answer")
     before = place.contents(0)
-    assert await place.folder.move(BUCKET, 1, tools()) is Phase.DONE
+    assert await move_bucket(place.folder, BUCKET, 1, tools()) is Phase.DONE
     assert place.contents(1) == before
     assert not any(place.contents(0).values())
     assert place.states() == ["MOVED", "ACTIVE"]
@@ -84,7 +85,7 @@ async def test_a_bucket_may_come_back_and_its_neighbour_stays(place, shards):
     await add_counters(shards, 3, bucket=NEIGHBOUR)
     neighbour = place.contents(0, NEIGHBOUR)
     for dst in (1, 0, 1):
-        assert await place.folder.move(BUCKET, dst, tools()) is Phase.DONE
+        assert await move_bucket(place.folder, BUCKET, dst, tools()) is Phase.DONE
         await add_counters_after(shards, dst)
     assert place.states() == ["MOVED", "ACTIVE"]
     assert place.states(NEIGHBOUR) == ["ACTIVE", "ABSENT"]
@@ -100,7 +101,7 @@ async def add_counters_after(shards, number: int) -> None:
 async def test_a_service_that_starts_later_finds_the_bucket(place):
     async with place.open() as shards:
         [counter_id] = await add_counters(shards, 1)
-    await place.folder.move(BUCKET, 1, tools())
+    await move_bucket(place.folder, BUCKET, 1, tools())
     async with place.open() as shards, shards.bucket(BUCKET).transaction() as tx:
         assert await tx.execute(ADD_ONE, BUCKET, counter_id) == 1
 
@@ -127,7 +128,7 @@ async def test_what_is_written_on_the_way_arrives(place, shards, step, write):
         write_with_foreign_keys(place, write)
         kept.update(place.contents(0))
 
-    assert await place.folder.move(BUCKET, 1, during(step, work)) is Phase.DONE
+    assert await move_bucket(place.folder, BUCKET, 1, during(step, work)) is Phase.DONE
     assert place.contents(1) == kept
 
 
@@ -146,13 +147,13 @@ async def test_a_move_that_is_cancelled_gives_the_bucket_back_at_once(place, sha
     before = place.contents(0)
     moving: list[asyncio.Task] = []
     cancelled = during("copy.apply", lambda: [task.cancel() for task in moving])
-    moving.append(asyncio.create_task(place.folder.move(BUCKET, 1, cancelled)))
+    moving.append(asyncio.create_task(move_bucket(place.folder, BUCKET, 1, cancelled)))
     with pytest.raises(asyncio.CancelledError):
         await moving[0]
     assert place.states() == ["ACTIVE", "ABORTED"]
     assert place.contents(0) == before
     assert not any(place.contents(1).values())
-    assert await place.folder.move(BUCKET, 1, tools()) is Phase.DONE
+    assert await move_bucket(place.folder, BUCKET, 1, tools()) is Phase.DONE
 
 
 async def test_a_row_that_the_destination_cannot_take_aborts_the_move_and_says_which(place, shards):
@@ -161,7 +162,7 @@ async def test_a_row_that_the_destination_cannot_take_aborts_the_move_and_says_w
     async with shards.bucket(4000).transaction() as tx:
         await add_counter(tx, 1)
     with pytest.raises(MoveFailed, match=r"counter does not fit .* another bucket"):
-        await place.folder.move(BUCKET, 1, tools())
+        await move_bucket(place.folder, BUCKET, 1, tools())
     assert place.states() == ["ACTIVE", "ABORTED"]
     assert len(place.contents(1, 4000)["counter"]) == 1
 
@@ -170,7 +171,9 @@ async def test_a_schema_that_changes_meanwhile_aborts_the_move(place, shards):
     await add_counters(shards, 3)
     migrated = "UPDATE tenfold_shard SET schema_version = schema_version + 1"
     with pytest.raises(MoveFailed, match="changed since the move began"):
-        await place.folder.move(BUCKET, 1, during("copied", lambda: place.rows(1, migrated)))
+        await move_bucket(
+            place.folder, BUCKET, 1, during("copied", lambda: place.rows(1, migrated))
+        )
     assert place.states() == ["ACTIVE", "ABORTED"]
 
 
@@ -180,11 +183,11 @@ async def test_a_mover_whose_move_was_taken_over_changes_nothing_any_more(place,
 
     async def abort() -> None:
         [move] = await place.folder.control.list_moves(is_open=True)
-        await place.folder.settle(move, tools(), preference="abort", is_forced=True)
+        await settle_move(place.folder, move, tools(), preference="abort", is_forced=True)
 
     for step in ("prepare", "copy.apply", "copied", "fence", "fence2"):
         with pytest.raises(MoveLost):
-            await place.folder.move(BUCKET, 1, during(step, partial(meanwhile, abort)))
+            await move_bucket(place.folder, BUCKET, 1, during(step, partial(meanwhile, abort)))
         assert place.states() == ["ACTIVE", "ABORTED"]
         assert place.contents(0) == before
 
@@ -194,7 +197,7 @@ async def test_a_caller_that_waits_for_a_dead_mover_settles_its_move(place, shar
     [counter_id] = await add_counters(shards, 1)
 
     with pytest.raises(Killed):
-        await place.folder.move(BUCKET, 1, replace(during(step, die), clock=clock))
+        await move_bucket(place.folder, BUCKET, 1, replace(during(step, die), clock=clock))
     async with shards.bucket(BUCKET).transaction() as tx:
         assert await tx.execute(ADD_ONE, BUCKET, counter_id) == 1
     assert place.states() == (["ACTIVE", "ABORTED"] if step == "fence2" else ["MOVED", "ACTIVE"])
@@ -206,7 +209,7 @@ async def test_a_service_starts_while_a_bucket_is_between_its_shards(place, cloc
         [counter_id] = await add_counters(shards, 1)
 
     with pytest.raises(Killed):
-        await place.folder.move(BUCKET, 1, replace(during("src_moved", die), clock=clock))
+        await move_bucket(place.folder, BUCKET, 1, replace(during("src_moved", die), clock=clock))
     assert place.states() == ["MOVED", "IMPORTING"]
     async with place.open() as shards, shards.bucket(BUCKET).transaction() as tx:
         assert await tx.execute(ADD_ONE, BUCKET, counter_id) == 1
@@ -216,9 +219,9 @@ async def test_rows_that_a_dead_mover_left_at_the_source_are_collected_by_the_ne
     await add_counters(shards, 20)
 
     with pytest.raises(Killed):
-        await place.folder.move(BUCKET, 1, during("done", die))
+        await move_bucket(place.folder, BUCKET, 1, during("done", die))
     assert len(place.contents(0)["counter"]) == 20
-    await place.folder.move(NEIGHBOUR, 1, tools())
+    await move_bucket(place.folder, NEIGHBOUR, 1, tools())
     assert not any(place.contents(0).values())
     assert len(place.contents(1)["counter"]) == 20
 
@@ -228,30 +231,30 @@ async def test_an_operator_cannot_abort_what_is_decided(place, shards):
 
     async def abort() -> None:
         [move] = await place.folder.control.list_moves(is_open=True)
-        ended = await place.folder.settle(move, tools(), preference="abort", is_forced=True)
+        ended = await settle_move(place.folder, move, tools(), preference="abort", is_forced=True)
         assert ended is Phase.DONE
 
     with pytest.raises(MoveLost):
-        await place.folder.move(BUCKET, 1, during("commit", partial(meanwhile, abort)))
+        await move_bucket(place.folder, BUCKET, 1, during("commit", partial(meanwhile, abort)))
     assert place.states() == ["MOVED", "ACTIVE"]
 
 
 async def test_what_cannot_move_is_refused_and_nothing_changes(place, shards):
     folder = place.folder
     with pytest.raises(MoveRefused, match="is on shard 0 already"):
-        await folder.move(BUCKET, 0, tools())
+        await move_bucket(folder, BUCKET, 0, tools())
 
     async def move_two_at_once() -> None:
         with pytest.raises(MoveRefused, match="bucket 5 is on a move"):
-            await folder.move(BUCKET, 1, tools())
+            await move_bucket(folder, BUCKET, 1, tools())
         with pytest.raises(MoveRefused, match="shard 0 is on a move"):
-            await folder.move(NEIGHBOUR, 1, tools())
+            await move_bucket(folder, NEIGHBOUR, 1, tools())
 
-    await folder.move(BUCKET, 1, during("capture2", partial(meanwhile, move_two_at_once)))
+    await move_bucket(folder, BUCKET, 1, during("capture2", partial(meanwhile, move_two_at_once)))
     place.rows(1, "ALTER TABLE counter ADD COLUMN colour text")
     with pytest.raises(MoveRefused, match="differ in their tables"):
-        await folder.move(NEIGHBOUR, 1, tools())
+        await move_bucket(folder, NEIGHBOUR, 1, tools())
     place.rows(0, "CREATE TABLE log (bucket smallint, line text)")
     with pytest.raises(MoveRefused, match="log has no key"):
-        await folder.move(NEIGHBOUR, 1, tools())
+        await move_bucket(folder, NEIGHBOUR, 1, tools())
     assert place.states(NEIGHBOUR) == ["ACTIVE", "ABSENT"]
