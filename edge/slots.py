@@ -13,6 +13,9 @@ from shared.errors import QuotaExceeded
 
 SLOT_RETRY_AFTER_S = 1.0
 
+# Of this process: contracts that change make new Slots over the same store.
+_numbers = count()
+
 
 @dataclass(frozen=True)
 class SlotLimit:
@@ -84,7 +87,6 @@ class Slots:
 
     def __init__(self, store: SlotStore) -> None:
         self._store = store
-        self._numbers = count()
 
     @asynccontextmanager
     async def taken(self, limit: SlotLimit, owner: str) -> AsyncIterator[None]:
@@ -97,7 +99,7 @@ class Slots:
         Raises:
             QuotaExceeded: the caller has as many open as it may.
         """
-        key, member = f"{owner}:{limit.kind}", str(next(self._numbers))
+        key, member = f"{owner}:{limit.kind}", str(next(_numbers))
         if not await self._store.take(key, member, limit.count_max):
             message = f"At most {limit.count_max} {limit.kind} may be open at once."
             metadata = {"quota": limit.kind, "subject": "credential"}

@@ -4,11 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import pytest
+
 from edge.config import EdgeConfig
 from edge.quota_valkey import open_valkey
 from edge.slots import SlotLimit, Slots
 from edge.slots_valkey import ValkeySlots
 from shared.clock import SystemClock
+from shared.errors import QuotaExceeded
 from tests.integration.edge.quotas import AWAY, PATIENT_S, new_key, valkey_of_its_own
 
 STREAMS = SlotLimit("streams", 5)
@@ -85,6 +88,15 @@ async def test_a_slot_is_released_however_the_call_ends(valkey_url):
             except RuntimeError:
                 pass
         assert not store._own.taken
+
+
+async def test_slots_made_anew_over_a_store_never_share_a_member(valkey_url):
+    key = new_key()
+    async with slots_on(valkey_url, "one") as [store], AsyncExitStack() as stack:
+        for _ in range(STREAMS.count_max):  # as contracts that are loaded again make them
+            await stack.enter_async_context(Slots(store).taken(STREAMS, key))
+        with pytest.raises(QuotaExceeded, match="At most 5 streams may be open at once"):
+            await stack.enter_async_context(Slots(store).taken(STREAMS, key))
 
 
 async def test_two_edges_count_a_callers_streams_together_and_say_why_they_refuse(start_edge):
