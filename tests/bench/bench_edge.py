@@ -167,7 +167,7 @@ def worker_rows(looker: Looker, stage: Stage) -> Iterable[Row]:
     """CPU of the same GET, parent included, at several workers, each with as many connections."""
     sides = [
         replace(
-            stage.bare(f"{count} workers", workers=count),
+            stage.bare("1 worker" if count == 1 else f"{count} workers", workers=count),
             connections=count * CONNECTIONS_PER_WORKER,
         )
         for count in WORKER_COUNTS
