@@ -72,8 +72,10 @@ async def exposing(render: Render, listener: socket.socket) -> AsyncIterator[int
         listener: a listening socket, which the caller closes.
     """
     places = asyncio.Semaphore(SCRAPES_MAX)
+    writers: set[asyncio.StreamWriter] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.add(writer)
         with suppress(*_BROKEN_SCRAPE):
             if not places.locked():
                 async with places, asyncio.timeout(SCRAPE_TIMEOUT_S):
@@ -83,9 +85,12 @@ async def exposing(render: Render, listener: socket.socket) -> AsyncIterator[int
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await writer.wait_closed()
+        writers.discard(writer)
 
     async with await asyncio.start_server(serve, sock=listener, limit=HEAD_BYTES_MAX) as server:
         yield server.sockets[0].getsockname()[1]
+        for writer in tuple(writers):  # whoever is silent must not hold up the end
+            writer.transport.abort()
 
 
 async def _answer(reader: asyncio.StreamReader, render: Render) -> bytes:
