@@ -10,6 +10,7 @@ take the last commits.
 """
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from shared.db.sqlite_connection import (
     Schema,
     Synchronous,
     open_connection,
+    operational,
 )
 from shared.db.sqlite_writer import Turn, Writer
 from shared.errors import DeadlineExceeded, FailedPrecondition, Overloaded
@@ -182,7 +184,12 @@ class SqliteShard:
             self.free.release()
 
     async def _open_reader(self) -> Connection:
-        reader = await open_connection(self.path, self.schema, read_only=True, synchronous="NORMAL")
+        try:
+            reader = await open_connection(
+                self.path, self.schema, read_only=True, synchronous="NORMAL"
+            )
+        except sqlite3.OperationalError as error:
+            raise operational(error) from error
         self.readers.append(reader)
         return reader
 

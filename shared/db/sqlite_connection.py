@@ -15,6 +15,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 import aiosqlite
+import structlog
 
 from shared.db import limits
 from shared.db.errors import (
@@ -32,6 +33,7 @@ from shared.errors import DeadlineExceeded, TenfoldError, Unavailable
 Synchronous = Literal["FULL", "NORMAL"]
 BUSY_TIMEOUT_MS = 5000
 _UUID_BYTES = 16
+_log = structlog.get_logger(__name__)
 # A fenced bucket's rows are the newest there are until the fence's own time is over.
 _READABLE = """
 SELECT state, peer, state IN ('ACTIVE', 'MOVING')
@@ -185,7 +187,7 @@ class Connection:
         if isinstance(error, sqlite3.IntegrityError):
             return self._violation(text)
         if isinstance(error, sqlite3.OperationalError):
-            return _operational(error, text)
+            return operational(error)
         return error
 
     def _violation(self, text: str) -> ConstraintViolation:
@@ -215,13 +217,16 @@ _UNAVAILABLE_CODES = frozenset(
 )
 
 
-def _operational(error: sqlite3.OperationalError, text: str) -> Exception:
+def operational(error: sqlite3.OperationalError) -> Exception:
+    """What is not the statement's fault, as the port names it; the rest stays as it is."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
     if code == sqlite3.SQLITE_INTERRUPT:
         return Unavailable("the statement was interrupted", retry_after_s=RETRY_AFTER_S)
     if code in _UNAVAILABLE_CODES:
+        # The caller is told no more than that; which of SQLite's many reasons it was is said here.
+        _log.warning("the database cannot be used", sqlite=error.sqlite_errorname)
         return unavailable()
-    if "integer overflow" in text:
+    if "integer overflow" in str(error):
         return ConstraintViolation("integer_overflow")
     return error
 

@@ -109,7 +109,9 @@ async def test_an_event_that_kills_its_worker_ends_in_the_dead_letters(tmp_path,
         ):
 
             async def is_over(process=process, sink=sink):
-                return process.returncode is not None or await dead_letters(sink)
+                if process.returncode is not None:
+                    return True
+                return await dead_letters(sink) and await applied(sink)
 
             await eventually(is_over, timeout_s=CHILD_S)
             if letters := await dead_letters(sink):

@@ -9,6 +9,7 @@ import pytest
 from shared.clock import SystemClock
 from shared.db.errors import DatabaseDamaged, DatabaseRefused, MigrationRefused
 from shared.db.sqlite import open_sqlite_shards
+from shared.errors import Unavailable
 from tests.databases import SECRET
 from tests.integration.shared.db.conftest import (
     FAR,
@@ -154,6 +155,16 @@ async def test_a_torn_log_keeps_every_whole_commit_before_the_tear(open_folder, 
     copy.rename(folder)
     async with open_folder() as shards:
         assert await labels(shards) == ["a", "b"]
+
+
+async def test_a_reader_that_cannot_be_opened_is_an_outage_that_ends(open_folder, tmp_path):
+    path = tmp_path / "data/shard-0.sqlite"
+    async with open_folder() as shards:
+        away = path.rename(tmp_path / "away")
+        with pytest.raises(Unavailable):
+            await labels(shards)
+        away.rename(path)
+        assert await labels(shards) == []
 
 
 async def test_no_thread_is_left_when_the_shards_are_closed(open_folder):
