@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +19,10 @@ from shared.db.errors import DatabaseRefused
 from shared.db.ids import BUCKET_COUNT
 from shared.db.move.failpoints import FAILPOINT_VARIABLE, armed
 from shared.db.move.mover import Pace, Progress, Tools
-from shared.db.move.place import move_bucket, settle_move
+from shared.db.move.place import Place, move_bucket, settle_move
 from shared.db.move.port import Move, MoveFailed, MoveLost, MoveRefused
 from shared.db.move.sqlite_folder import SqliteFolder
-from shared.db.move.sqlite_survey import disagreements, survey_folder
+from shared.db.move.survey import Survey, disagreements
 from shared.db.shards import BucketMap
 
 DATA_SETTING = "TENFOLD_DATA"
@@ -57,24 +57,24 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 @shards_app.command(name="list")
 def list_(service: ServiceArgument, as_json: JsonOption = False, data: DataOption = None) -> None:
     """List a service's shards: how many buckets each owns, and how large it is."""
-    with _folder(service, data) as folder:
-        surveys = survey_folder(folder.path)
+    with _place(service, data) as place:
+        surveys = asyncio.run(_surveyed(place))
     rows = [
         {
             "shard": survey.index,
             "buckets": len(survey.owned),
             "bytes": survey.size_bytes,
-            "path": str(survey.path),
+            "place": survey.place,
         }
         for survey in surveys
     ]
     if as_json:
         print(json.dumps(rows))
         return
-    print(f"{'shard':>5}  {'buckets':>7}  {'size':>10}  file")
+    print(f"{'shard':>5}  {'buckets':>7}  {'size':>10}  place")
     for row in rows:
         size = f"{int(str(row['bytes'])) / 2**20:.1f} MiB"
-        print(f"{row['shard']:>5}  {row['buckets']:>7}  {size:>10}  {row['path']}")
+        print(f"{row['shard']:>5}  {row['buckets']:>7}  {size:>10}  {row['place']}")
 
 
 @shards_app.command(name="map")
@@ -86,15 +86,15 @@ def map_(
 ) -> None:
     """Print which shard owns which buckets, as the shards themselves say."""
     wanted = range(BUCKET_COUNT) if bucket is None else [_bucket(str(bucket))]
-    with _folder(service, data) as folder:
-        owned = {survey.index: set(survey.owned) for survey in survey_folder(folder.path)}
+    with _place(service, data) as place:
+        owned = {survey.index: set(survey.owned) for survey in asyncio.run(_surveyed(place))}
     runs: list[dict[str, int | None]] = []
     for number in wanted:
-        owner = next((index for index, buckets in owned.items() if number in buckets), None)
-        if runs and runs[-1]["shard"] == owner:
+        index = next((index for index, buckets in owned.items() if number in buckets), None)
+        if runs and runs[-1]["shard"] == index:
             runs[-1]["last"] = number
         else:
-            runs.append({"first": number, "last": number, "shard": owner})
+            runs.append({"first": number, "last": number, "shard": index})
     if as_json:
         print(json.dumps(runs))
         return
@@ -102,8 +102,8 @@ def map_(
         numbers = (
             f"{run['first']}" if run["first"] == run["last"] else f"{run['first']}-{run['last']}"
         )
-        place = "on its way" if run["shard"] is None else f"shard {run['shard']}"
-        print(f"{numbers:>11}  {place}")
+        owner = "on its way" if run["shard"] is None else f"shard {run['shard']}"
+        print(f"{numbers:>11}  {owner}")
 
 
 @shards_app.command()
@@ -118,24 +118,25 @@ def move(
     """Move buckets to another shard while they are read and written.
 
     Ctrl-C gives the bucket that is on its way back; those that have moved stay moved. Exit code
-    1: one could not be moved, the sentence says why; those after it were not begun.
+    1: one could not be moved, the sentence says why; those after it were not begun. Progress is
+    written to standard error about once a second, each bucket's end to standard output.
     """
     numbers = _buckets(buckets)
-    with _folder(service, data) as folder:
+    with _place(service, data) as place:
         for number in numbers:
-            moved = _Moved(number, is_shown=not as_json)
+            moved = _Moved(number, as_json=as_json)
             try:
-                asyncio.run(move_bucket(folder, number, to, moved.tools()))
+                asyncio.run(move_bucket(place, number, to, moved.tools()))
             except KeyboardInterrupt:
                 raise LaunchError(f"Bucket {number} was not moved: you stopped it.") from None
-            moved.print_end(to, as_json=as_json)
+            moved.print_end(to)
 
 
 @shards_app.command()
 def status(service: ServiceArgument, as_json: JsonOption = False, data: DataOption = None) -> None:
     """Show moves that have not ended: the bucket, how far it is, and whether its mover lives."""
-    with _folder(service, data) as folder:
-        moves = asyncio.run(folder.control.list_moves(is_open=True))
+    with _place(service, data) as place:
+        moves = asyncio.run(place.control.list_moves(is_open=True))
     now_us = time.time_ns() // 1000
     rows = [
         {
@@ -160,18 +161,20 @@ def status(service: ServiceArgument, as_json: JsonOption = False, data: DataOpti
 
 
 @shards_app.command()
-def abort(service: ServiceArgument, data: DataOption = None) -> None:
+def abort(service: ServiceArgument, as_json: JsonOption = False, data: DataOption = None) -> None:
     """End every move that has not ended: back to where it was, or forward if that is decided.
 
     A mover that still works finds itself replaced and stops.
     """
-    with _folder(service, data) as folder:
-        moves = asyncio.run(folder.control.list_moves(is_open=True))
+    with _place(service, data) as place:
+        moves = asyncio.run(place.control.list_moves(is_open=True))
         for one in moves:
             tools = Tools(pace=replace(Pace(), grace_s=0.0))
-            settled = settle_move(folder, one, tools, preference="abort", is_forced=True)
-            print(f"bucket {one.bucket}: {str(asyncio.run(settled)).lower()}")
-    if not moves:
+            settled = settle_move(place, one, tools, preference="abort", is_forced=True)
+            end = str(asyncio.run(settled))
+            row = {"bucket": one.bucket, "end": end}
+            print(json.dumps(row) if as_json else f"bucket {one.bucket}: {end.lower()}", flush=True)
+    if not moves and not as_json:
         print("No bucket is on its way.")
 
 
@@ -181,10 +184,10 @@ def verify(service: ServiceArgument, as_json: JsonOption = False, data: DataOpti
 
     Exit code 0: all is as it must be; 1: it is not, and the sentences say what to do.
     """
-    with _folder(service, data) as folder:
-        moves: Sequence[Move] = asyncio.run(folder.control.list_moves(is_open=True))
-        bucket_map: BucketMap = asyncio.run(folder.control.read_map())
-        found = list(disagreements(survey_folder(folder.path), bucket_map))
+    with _place(service, data) as place:
+        moves: Sequence[Move] = asyncio.run(place.control.list_moves(is_open=True))
+        bucket_map: BucketMap = asyncio.run(place.control.read_map())
+        found = list(disagreements(asyncio.run(_surveyed(place)), bucket_map))
     if as_json:
         print(json.dumps({"ok": not found, "open_moves": len(moves), "wrong": found}))
     else:
@@ -198,7 +201,7 @@ class _Moved:
     """One bucket's way, as the operator sees it."""
 
     bucket: int
-    is_shown: bool
+    as_json: bool
     shown_at_s: float = 0.0
     last: Progress | None = None
 
@@ -214,49 +217,73 @@ class _Moved:
         """Print a line now and then."""
         self.last = progress
         now_s = time.monotonic()
-        if not self.is_shown or now_s - self.shown_at_s < REPORT_S:
+        if now_s - self.shown_at_s < REPORT_S:
             return
         self.shown_at_s = now_s
         left = f", about {progress.left_s:.0f} s left" if progress.left_s else ""
-        print(
+        line = (
             f"bucket {self.bucket}: {progress.step}, {progress.rows} of {progress.rows_total} "
-            f"rows, {progress.backlog} written meanwhile{left}",
-            file=sys.stderr,
-            flush=True,
+            f"rows, {progress.backlog} written meanwhile{left}"
         )
+        row = {"bucket": self.bucket, **asdict(progress)}
+        print(json.dumps(row) if self.as_json else line, file=sys.stderr, flush=True)
 
-    def print_end(self, to: int, *, as_json: bool) -> None:
+    def print_end(self, to: int) -> None:
         """Say what came of it."""
         rows = self.last.rows if self.last else 0
         pause_ms = round((self.last.pause_s or 0.0) * 1000) if self.last else 0
-        if as_json:
+        if self.as_json:
             row = {"bucket": self.bucket, "to": to, "rows": rows, "pause_ms": pause_ms}
             print(json.dumps(row), flush=True)
             return
         print(f"bucket {self.bucket}: on shard {to}, {rows} rows; its writers waited {pause_ms} ms")
 
 
+async def _surveyed(place: Place) -> Sequence[Survey]:
+    return await place.survey()
+
+
 @contextmanager
-def _folder(service: str, data: Path | None) -> Iterator[SqliteFolder]:
+def _place(service: str, data: Path | None) -> Iterator[Place]:
     """The service's shards; what goes wrong with them is said in one sentence."""
-    settings = load_settings()
-    variable = f"TENFOLD_{service.upper()}_DATABASE"
+    variable, settings = f"TENFOLD_{service.upper()}_DATABASE", load_settings()
     if variable not in settings:
         raise LaunchError(f"There is no service '{service}' with shards.")
-    if value_of(variable, os.environ, settings):
-        raise LaunchError(
-            f"The shards of {service} are on Postgres ({variable}), where buckets cannot be moved "
-            "yet; unset it to see those in the data folder."
-        )
-    root = data or Path(value_of(DATA_SETTING, os.environ, settings))
-    path = (root / "services" / service / "shards").absolute()
+    database = value_of(variable, os.environ, settings)
+    if not database:
+        with _folder(service, data) as folder:
+            yield folder
+        return
+    # Not needed, and so not loaded, by the other commands.
+    from shared.db.move.postgres_place import PostgresPlace
+    from shared.db.postgres_shards import parse_servers
+
     try:
-        if not (path / "control.sqlite").is_file():
-            raise DatabaseRefused(f"{path} holds no shards of {service}: has it ever been started?")
-        yield SqliteFolder(path)
+        servers = parse_servers(database, service=service)
+    except ValueError as error:
+        raise LaunchError(f"{variable} is not allowed: {error}.") from error
+    with _told_in_a_sentence():
+        yield PostgresPlace(servers)
+
+
+@contextmanager
+def _told_in_a_sentence() -> Iterator[None]:
+    try:
+        yield
     except (MoveRefused, MoveFailed, MoveLost, DatabaseRefused) as error:
         text = str(error)
         raise LaunchError(f"{text[0].upper()}{text[1:]}.") from error
+
+
+@contextmanager
+def _folder(service: str, data: Path | None) -> Iterator[SqliteFolder]:
+    settings = load_settings()
+    root = data or Path(value_of(DATA_SETTING, os.environ, settings))
+    path = (root / "services" / service / "shards").absolute()
+    with _told_in_a_sentence():
+        if not (path / "control.sqlite").is_file():
+            raise DatabaseRefused(f"{path} holds no shards of {service}: has it ever been started?")
+        yield SqliteFolder(path)
 
 
 def _buckets(text: str) -> list[int]:

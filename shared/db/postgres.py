@@ -15,7 +15,7 @@ import hashlib
 import random
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,9 +28,13 @@ from shared.clock import Clock, to_us
 from shared.db import limits
 from shared.db import once as once_rules
 from shared.db.crash_points import AFTER_COMMIT, BEFORE_COMMIT, CLAIMED_NOT_EFFECTED
-from shared.db.errors import BucketElsewhere
+from shared.db.errors import BucketElsewhere, DatabaseRefused
 from shared.db.ids import bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S, bounded
+from shared.db.move.mover import Tools
+from shared.db.move.place import settle_left
+from shared.db.move.port import MoveFailed
+from shared.db.move.postgres_place import PostgresPlace
 from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
 from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction, only
 from shared.db.postgres_connection import (
@@ -69,6 +73,10 @@ _TRIES_ON_LOST_CONNECTION = 2
 
 _OWNED = f"SELECT bucket, epoch FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
 _OWNS = f"SELECT 1 AS owns FROM tenfold_bucket WHERE bucket = $1 AND state IN {OWNED_STATES}"  # noqa: S608
+_IS_LEFT = """
+SELECT 1 AS is_left FROM tenfold_control.bucket_move
+WHERE bucket = $1 AND lease_until_us <= $2 AND phase NOT IN ('DONE', 'ABORTED')
+"""
 # A fenced bucket's rows are the newest there are until the fence's own time is over.
 _READABLE = """
 SELECT state IN ('ACTIVE', 'MOVING') OR (state = 'FENCED'
@@ -590,6 +598,8 @@ class PostgresShards:
     bucket_map: BucketMap
     secret: bytes
     on_outbox: asyncio.Event
+    place: PostgresPlace
+    settling: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def holding(self, key: UUID) -> Bucket:
         """See Shards.holding."""
@@ -609,7 +619,10 @@ class PostgresShards:
         return list(self.shards)
 
     async def locate(self, bucket: int) -> bool:
-        """Ask every shard who owns a bucket; True if the map has changed by it."""
+        """Ask every shard who owns a bucket; True if the map has changed by it.
+
+        If nobody can write it because its mover has died, this process settles the move.
+        """
         owners = []
         for shard in self.shards:
             try:
@@ -618,9 +631,19 @@ class PostgresShards:
             except TenfoldError:
                 continue  # a shard that is down owns nothing that can be used now
         if len(owners) != 1 or owners[0] == self.bucket_map.shard_index(bucket):
+            await self._settle_left(bucket)
             return False
         self.bucket_map = self.bucket_map.moved(bucket, owners[0])
         return True
+
+    async def _settle_left(self, bucket: int) -> None:
+        if self.settling.locked():
+            return
+        async with self.settling:
+            with suppress(TenfoldError, MoveFailed, DatabaseRefused):
+                if await self.shards[0].fetch_all(_IS_LEFT, bucket, self.shards[0].now_us()):
+                    tools = Tools(clock=self.shards[0].clock, collects=False)
+                    await settle_left(self.place, bucket, tools)
 
     async def wait_for_outbox(self, timeout_s: float) -> bool:
         """See Shards.wait_for_outbox."""
@@ -673,7 +696,8 @@ async def open_postgres_shards(
         for index, primary in enumerate(prepared.primaries)
     ]
     try:
-        yield PostgresShards(shards, prepared.bucket_map, secret, on_outbox)
+        place = PostgresPlace(servers, imports=False)
+        yield PostgresShards(shards, prepared.bucket_map, secret, on_outbox, place)
     finally:
         await asyncio.shield(_close_all(shards))
 

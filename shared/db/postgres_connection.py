@@ -70,11 +70,14 @@ class Server:
         """The same shard at another of its hosts."""
         return replace(self, dsn=dsn)
 
-    def __str__(self) -> str:
+    @property
+    def address(self) -> str:
         """For the operator: no user, no password."""
         parts = urlsplit(self.dsn)
-        place = f"{parts.hostname or '?'}:{parts.port or 5432}{parts.path}"
-        return f"{self.name} at {place}"
+        return f"{parts.hostname or '?'}:{parts.port or 5432}{parts.path}"
+
+    def __str__(self) -> str:  # noqa: D105 - for the operator
+        return f"{self.name} at {self.address}"
 
 
 @dataclass(frozen=True)

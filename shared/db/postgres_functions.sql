@@ -36,6 +36,9 @@ BEGIN
             DETAIL = row_to_json(refused)::text;
     END IF;
     PERFORM set_config('tenfold.buckets', ',' || array_to_string(buckets, ',') || ',', true);
+    IF EXISTS (SELECT FROM tenfold_bucket WHERE bucket = ANY (buckets) AND state = 'MOVING') THEN
+        PERFORM set_config('tenfold.capture', '1', true);
+    END IF;
 END
 $$;
 
@@ -49,8 +52,7 @@ DECLARE
 BEGIN
     IF pg_advisory_xact_lock_shared(1413826126, entered & 63) IS NOT NULL THEN END IF;
     SELECT state INTO held_state FROM tenfold_bucket WHERE bucket = entered;
-    IF held_state IN ('ACTIVE', 'MOVING')
-        AND current_setting('transaction_isolation') = 'read committed' THEN
+    IF held_state = 'ACTIVE' AND current_setting('transaction_isolation') = 'read committed' THEN
         admitted := set_config('tenfold.buckets', ',' || entered::text || ',', true);
     ELSE
         PERFORM tenfold_enter(ARRAY[entered]);
@@ -66,6 +68,11 @@ BEGIN
         PERFORM pg_advisory_xact_lock_shared(1413826126, granule);
     END LOOP;
     PERFORM set_config('tenfold.buckets', '*', true);
+    IF to_regclass('tenfold_bucket') IS NOT NULL THEN  -- the first migration makes it
+        IF EXISTS (SELECT FROM tenfold_bucket WHERE state = 'MOVING') THEN
+            PERFORM set_config('tenfold.capture', '1', true);
+        END IF;
+    END IF;
 END
 $$;
 
@@ -80,7 +87,9 @@ DECLARE
         ELSE ARRAY[NEW.bucket, OLD.bucket]
     END;
 BEGIN
-    IF coalesce(current_setting('tenfold.buckets', true), '') <> '*' OR EXISTS (
+    IF current_setting('tenfold.import', true) = '1' THEN
+        NULL;  -- a mover's, which has checked that the bucket is its own
+    ELSIF coalesce(current_setting('tenfold.buckets', true), '') <> '*' OR EXISTS (
         SELECT FROM unnest(written) AS asked (number)
         LEFT JOIN tenfold_bucket AS held ON held.bucket = asked.number
         WHERE coalesce(held.state, 'ABSENT') NOT IN ('ACTIVE', 'MOVING')
@@ -89,6 +98,14 @@ BEGIN
             HINT = 'Begin the transaction with SELECT tenfold_enter(ARRAY[bucket]).';
     END IF;
     RETURN CASE TG_OP WHEN 'DELETE' THEN OLD ELSE NEW END;
+END
+$$;
+
+-- What is written of such a bucket is marked, for its mover to carry over.
+CREATE OR REPLACE FUNCTION tenfold_is_moving(number int) RETURNS boolean
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM tenfold_bucket WHERE bucket = number AND state = 'MOVING');
 END
 $$;
 
@@ -104,7 +121,9 @@ $$;
 CREATE OR REPLACE FUNCTION tenfold_next_version() RETURNS trigger
 LANGUAGE plpgsql AS $$
 BEGIN
-    IF NEW.version = OLD.version THEN
+    IF current_setting('tenfold.import', true) = '1' THEN
+        NULL;  -- the row comes with the version that it had
+    ELSIF NEW.version = OLD.version THEN
         NEW.version := OLD.version + 1;
     ELSIF NEW.version IS DISTINCT FROM OLD.version + 1 THEN
         PERFORM tenfold_refuse('version_only_grows_by_one');

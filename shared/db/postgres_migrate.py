@@ -17,6 +17,7 @@ from shared.db.migrate import (
     Migration,
     refuse_misfit,
 )
+from shared.db.move.postgres_shapes import capture_triggers, read_shapes
 from shared.db.sql import to_postgres
 
 FUNCTIONS = Path(__file__).with_name("postgres_functions.sql")
@@ -85,7 +86,8 @@ async def migrate_postgres(
             if (migration.area, migration.number) not in known:
                 await _apply(connection, migration)
         tables = await connection.fetch(_TABLES)
-        await _generate(connection, "triggers", "\n".join(_triggers(tables)))
+        captures = capture_triggers(await read_shapes(connection))
+        await _generate(connection, "triggers", "\n".join([*_triggers(tables), *captures]))
     finally:
         await connection.execute(f"SELECT pg_advisory_unlock({_MIGRATING})")
 

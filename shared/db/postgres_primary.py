@@ -9,7 +9,9 @@ import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
+from shared.db.errors import DatabaseRefused
 from shared.db.postgres_connection import ERRORS, TIMELINE, Server, connect
 
 ASK_S_MAX = 1.0
@@ -52,6 +54,21 @@ class Primary:
             if self.server.dsn != dsn:
                 self.server = self.server.at(dsn)
         self._answered_s = time.monotonic()
+
+
+async def connect_to_primary(server: Server) -> Any:  # noqa: ANN401 - asyncpg is untyped
+    """A raw connection to the shard's primary, wherever that is now.
+
+    Raises:
+        DatabaseRefused: it cannot be reached; named.
+    """
+    primary = Primary(server)
+    if len(server.hosts) > 1:
+        await primary.find()
+    try:
+        return await connect(primary.server)
+    except ERRORS as error:
+        raise DatabaseRefused(f"{server} cannot be reached: {error}") from error
 
 
 async def timeline_of(server: Server) -> int:

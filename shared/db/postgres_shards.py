@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, urlsplit
 from shared.db.errors import DatabaseRefused, MigrationRefused
 from shared.db.limits import CLOSE_S_MAX
 from shared.db.migrate import FRAMEWORK_MIGRATIONS, Migration, load_migrations, tables_made_by
+from shared.db.move.postgres_control import MOVE_TABLE
 from shared.db.postgres_connection import ERRORS, TIMELINE, Server, connect
 from shared.db.postgres_migrate import migrate_postgres, own_tables
 from shared.db.postgres_primary import Primary
@@ -31,6 +32,10 @@ CREATE TABLE IF NOT EXISTS tenfold_control.shard (
 ALTER TABLE tenfold_control.shard ADD COLUMN IF NOT EXISTS timeline bigint NOT NULL DEFAULT 0;
 CREATE TABLE IF NOT EXISTS tenfold_control.bucket_map (
     bucket smallint PRIMARY KEY, shard_id bigint NOT NULL, epoch bigint NOT NULL);
+"""
+# Between the two commits that hand a bucket over, no shard owns it: it is where it is going.
+_ARRIVING = """
+SELECT bucket, dst FROM tenfold_control.bucket_move WHERE phase NOT IN ('DONE', 'ABORTED')
 """
 _INSERT_MAP = """
 INSERT INTO tenfold_control.bucket_map (bucket, shard_id, epoch)
@@ -139,6 +144,7 @@ async def prepare(plan: Plan) -> Prepared:
             index: await _claim(servers[index], connection, index, hint, len(migrations))
             for index, connection in enumerate(connections)
         }
+        await _add_arriving(connections[0], owned)
         tenant_tables = await own_tables(connections[0], framework)
     except ERRORS as error:
         raise DatabaseRefused(f"the shards of {plan.service} failed: {error}") from error
@@ -152,6 +158,13 @@ async def prepare(plan: Plan) -> Prepared:
             "them, in the order in which they were made"
         ) from error
     return Prepared(primaries, bucket_map, tenant_tables)
+
+
+async def _add_arriving(control: Any, owned: dict[int, list[int]]) -> None:  # noqa: ANN401
+    known = {bucket for buckets in owned.values() for bucket in buckets}
+    for row in await control.fetch(_ARRIVING):
+        if row["bucket"] not in known:
+            owned[row["dst"]].append(row["bucket"])
 
 
 async def _connect_all(servers: Sequence[Server]) -> list[Any]:
@@ -207,7 +220,7 @@ async def _planned(
     """The plan of these shards: made now if they are new, else what they were made with."""
     async with control.transaction():
         await control.execute(f"SELECT pg_advisory_xact_lock({_PLANNING})")
-        await control.execute(_CONTROL_TABLES)
+        await control.execute(_CONTROL_TABLES + MOVE_TABLE)
         rows = await control.fetch(
             "SELECT shard_id FROM tenfold_control.bucket_map ORDER BY bucket"
         )

@@ -1,11 +1,13 @@
 """Where a service's shards are, for who moves its buckets; each engine says how to open them."""
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Protocol
 
 from shared.db.move.mover import Mover, Tools, begin_move, take_over
 from shared.db.move.port import Control, Move, MoveFailed, MoveLost, MoveRefused, Side
 from shared.db.move.protocol import OWNING, Phase, Preference
+from shared.db.move.survey import Survey
 
 
 class Place(Protocol):
@@ -22,6 +24,14 @@ class Place(Protocol):
         Raises:
             DatabaseRefused: from the block, if it cannot be opened; named.
             MoveRefused: from the block, if its tables cannot be moved.
+        """
+        ...
+
+    async def survey(self) -> Sequence[Survey]:
+        """What every shard says of itself, by index; nothing is changed.
+
+        Raises:
+            DatabaseRefused: one cannot be read; named.
         """
         ...
 

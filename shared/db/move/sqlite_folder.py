@@ -1,6 +1,7 @@
 """A service's folder of SQLite files, as a Place."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from shared.db.errors import DatabaseRefused
 from shared.db.move.sqlite_control import SqliteControl
 from shared.db.move.sqlite_side import SqliteSide
+from shared.db.move.sqlite_survey import survey_folder
+from shared.db.move.survey import Survey
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class SqliteFolder:
         """See Place.side."""
         with SqliteSide.opened(self._shard_path(index), index, bucket) as side:
             yield side
+
+    async def survey(self) -> Sequence[Survey]:
+        """See Place.survey."""
+        return await asyncio.to_thread(survey_folder, self.path)
 
     def _shard_path(self, index: int) -> Path:
         path = self.path.absolute() / f"shard-{index}.sqlite"
