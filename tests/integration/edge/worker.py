@@ -92,7 +92,7 @@ def _stream_of(method: MethodInfo) -> Any:
 
 async def main(image: bytes, address: str) -> None:
     """Serve until SIGTERM."""
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 1)])
     server.add_generic_rpc_handlers([Worker(Contracts.of_bytes(image))])
     port = server.add_insecure_port(address)
     await server.start()
