@@ -7,8 +7,10 @@ services with, or what services believe, can not be listed: one that did would l
 say who it is. The names are judged once, at start; a request's names are compared exactly, in
 lower case, so that `x_user_id`, `X-User-Id-Bin` and whatever else looks alike is another name
 and stays out. A header that comes twice crosses as one value, joined by a comma (RFC 9110
-§5.3): no service ever sees two. A raw binding lists its own headers, under names of their own
-(`edge.raw`); what enters with every method enters with it as well.
+§5.3): no service ever sees two. One crosses by itself, both ways: what a client has seen of the
+data (`shared/causal.py`), where the contracts have reads that take it. A raw binding lists its
+own headers, under names of their own (`edge.raw`); what enters with every method enters with it
+as well.
 """
 
 import re
@@ -21,7 +23,7 @@ from edge.contracts import ContractError, MethodInfo
 from edge.exchange import Exchange
 from edge.http1_text import HeaderList
 from edge.refusals import HeadersTooLarge
-from shared import log
+from shared import causal, log
 
 # Services take 8 KiB of metadata (gRPC's default); the identity and the trace need their part.
 ENTERING_BYTES_MAX = 4096
@@ -51,7 +53,7 @@ _KEPT = (
     ),
     _Kept(
         "is what the edge and services tell each other",
-        "idempotency-key idempotency-replayed traceparent tracestate x-request-id",
+        f"{causal.KEY} idempotency-key idempotency-replayed traceparent tracestate x-request-id",
         ("grpc-", "http-", "tenfold-"),
     ),
     _Kept(
@@ -113,6 +115,9 @@ class Forwarding:
         leaving = _listed(response_headers.split(","), "TENFOLD_EDGE_RESPONSE_HEADERS")
         self._takes_credentials = takes_credentials
         self._check(entering, leaving)
+        methods = list(methods)
+        if any(method.policy.causal_reads for method in methods):
+            entering[causal.KEY] = leaving[causal.KEY] = "causal_reads"
         self._others = _crossing(entering, leaving)
         self._by_method: dict[str, Crossing] = {}
         for method in methods:

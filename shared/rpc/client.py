@@ -18,7 +18,7 @@ from typing import Any, Self, cast
 import grpc
 import grpc.aio
 
-from shared import deadline, log
+from shared import causal, deadline, log
 from shared.errors import TenfoldError, Unavailable
 from shared.identity import IDENTITY_METADATA_KEY, IdentitySigner
 from shared.rpc.context import REQUEST_ID_KEY, current_call
@@ -253,6 +253,9 @@ class _Callers:
             entries.append((REQUEST_ID_KEY, request_id))
         if IDENTITY_METADATA_KEY not in names and (token := self._token(path)):
             entries.append((IDENTITY_METADATA_KEY, token))
+        seen = causal.current()
+        if seen is not None and seen.positions and causal.KEY not in names:
+            entries.append((causal.KEY, seen.token()))
         return tuple(entries)
 
     def _token(self, path: str) -> str:
@@ -424,6 +427,7 @@ class UnaryCall(_Call):
             try:
                 answer = await raw
                 code = "OK"
+                await _learn_of(raw)
                 return answer
             except grpc.aio.AioRpcError as error:
                 code = error.code().name
@@ -510,6 +514,15 @@ async def _write_keeping_status(raw: Any, request: object) -> None:  # noqa: ANN
         if not raw.cancelled():
             raw.cancel()
         raise
+
+
+async def _learn_of(raw: Any) -> None:  # noqa: ANN401
+    """Remember, for the call that this one was made for, what it has written."""
+    seen = causal.current()
+    if seen is not None:
+        written = dict(await raw.trailing_metadata() or ()).get(causal.KEY)
+        if isinstance(written, str):
+            seen.learn(written)
 
 
 @contextlib.contextmanager

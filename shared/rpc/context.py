@@ -9,6 +9,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from shared import causal
 from shared.db.port import Once
 from shared.identity import PUBLIC, Principal
 from shared.rpc.policy import REQUEST_ID_FIELD
@@ -28,6 +29,7 @@ class Context:
         metadata: the call's text metadata; raw bindings find "http-method", "http-url",
             "http-path-<variable>" and "http-header-<name>" here.
         identity_token: the token that was believed; "" without one. Clients pass it on.
+        seen: what the caller has seen of the data, and what this call has written.
     """
 
     __slots__ = (
@@ -44,6 +46,7 @@ class Context:
         "principal",
         "reached_handler",
         "request_id",
+        "seen",
         "started_s",
         "task",
     )
@@ -62,6 +65,7 @@ class Context:
         self.idempotency_key = ""
         self.metadata = metadata
         self.identity_token = ""
+        self.seen = causal.Seen()
         self.deadline_s = 0.0
         self.has_ended_by_server = False
         self.has_expired = False
@@ -88,6 +92,12 @@ class Context:
         """Say, in trailing metadata, that this request had its effect before."""
         self.is_replayed = True
         self._rpc.set_trailing_metadata((REPLAYED_METADATA,))
+
+    def tell_written(self) -> None:
+        """Say, in trailing metadata, what a read must have that is to see this call's writes."""
+        if self.seen.is_changed:
+            replayed = (REPLAYED_METADATA,) if self.is_replayed else ()
+            self._rpc.set_trailing_metadata(((causal.KEY, self.seen.token()), *replayed))
 
 
 current_call: ContextVar[Context | None] = ContextVar("current_call", default=None)

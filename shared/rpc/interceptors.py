@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeAlias, cast
 import grpc
 from google.protobuf.message import Message
 
-from shared import deadline, log
+from shared import causal, deadline, log
 from shared.errors import (
     DeadlineExceeded,
     Internal,
@@ -194,6 +194,7 @@ class _Guarded:
             finally:
                 self._limiter.leave()
             result = self._serialize(answer)
+            call.tell_written()
         except BaseException as error:
             await self._refuse(call, rpc, error)
         self._chain.expiry.forget(call)
@@ -217,6 +218,7 @@ class _Guarded:
             self._require_small(metadata_bytes)
             self._admit(call, rpc, tokens)
             await self._answer_stream(call, rpc)
+            call.tell_written()
         except BaseException as error:
             await self._refuse(call, rpc, error)
         finally:
@@ -248,6 +250,9 @@ class _Guarded:
         if tokens:
             self._identify(call, tokens)
         self._authorize(call.principal)
+        token = call.metadata.get(causal.KEY, "")
+        call.seen = causal.Seen.of_token(token, may_lag=self._policy.causal_reads)
+        causal.begin(call.seen)
         current_call.set(call)
 
     def _set_deadline(self, call: Context, rpc: Any) -> None:  # noqa: ANN401

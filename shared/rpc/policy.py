@@ -58,6 +58,7 @@ class MethodPolicy:
         deadline_default_s, deadline_max_s: seconds, above 0.
         retry_safe: a client may retry on UNAVAILABLE.
         audit: each call leaves an audit entry.
+        causal_reads: replicas may answer its reads; of SAFE methods alone.
         client_streaming, server_streaming: the method's shape.
         has_request_id: the request message has a string field request_id.
         principal_fields: request field -> the scope that frees it from naming the caller.
@@ -71,6 +72,7 @@ class MethodPolicy:
     deadline_max_s: float = UNARY_DEADLINE_MAX_S
     retry_safe: bool = False
     audit: bool = False
+    causal_reads: bool = False
     client_streaming: bool = False
     server_streaming: bool = False
     has_request_id: bool = False
@@ -131,15 +133,19 @@ def _policy(
     default_s = STREAM_DEADLINE_DEFAULT_S if is_stream else UNARY_DEADLINE_DEFAULT_S
     max_s = STREAM_DEADLINE_MAX_S if is_stream else UNARY_DEADLINE_MAX_S
     longest_s = _seconds(options.deadline_max) or max_s
+    idempotency = Idempotency(options.idempotency)
+    if options.causal_reads and idempotency is not Idempotency.SAFE:
+        raise ValueError(f"{path}: causal_reads is for methods that are SAFE: it changes data")
     return MethodPolicy(
         path=path,
         access=Access(options.access),
         scopes=frozenset(options.scopes),
-        idempotency=Idempotency(options.idempotency),
+        idempotency=idempotency,
         deadline_default_s=min(_seconds(options.deadline_default) or default_s, longest_s),
         deadline_max_s=longest_s,
         retry_safe=options.retry_safe,
         audit=options.audit,
+        causal_reads=options.causal_reads,
         client_streaming=shape[0],
         server_streaming=shape[1],
         has_request_id=_has_request_id(request),

@@ -26,25 +26,25 @@ from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftenfold/options/v1/policy.proto\x12\x12tenfold.options.v1\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"Q\n\x05Quota\x12\x0e\n\x06\x62ucket\x18\x01 \x01(\t\x12\x18\n\x0b\x63ost_points\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06strict\x18\x03 \x01(\x08\x42\x0e\n\x0c_cost_points\"u\n\nRawBinding\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x17\n\x0frequest_headers\x18\x03 \x03(\t\x12\x18\n\x10response_headers\x18\x04 \x03(\t\x12\x16\n\x0e\x62ody_bytes_max\x18\x05 \x01(\x04\"\x9f\x04\n\x0cMethodPolicy\x12*\n\x06\x61\x63\x63\x65ss\x18\x01 \x01(\x0e\x32\x1a.tenfold.options.v1.Access\x12\x0e\n\x06scopes\x18\x02 \x03(\t\x12(\n\x05quota\x18\x03 \x01(\x0b\x32\x19.tenfold.options.v1.Quota\x12\x34\n\x0bidempotency\x18\x04 \x01(\x0e\x32\x1f.tenfold.options.v1.Idempotency\x12\x33\n\x10\x64\x65\x61\x64line_default\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x64\x65\x61\x64line_max\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nretry_safe\x18\x07 \x01(\x08\x12\x10\n\x08internal\x18\x08 \x01(\x08\x12\x30\n\rcache_max_age\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x61udit\x18\n \x01(\x08\x12+\n\x03raw\x18\x0b \x03(\x0b\x32\x1e.tenfold.options.v1.RawBinding\x12\x1b\n\x0esuccess_status\x18\x0c \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0eignore_unknown\x18\r \x01(\x08\x12\x17\n\x0frequest_headers\x18\x10 \x03(\t\x12\x18\n\x10response_headers\x18\x11 \x03(\tB\x11\n\x0f_success_status\"S\n\x0b\x46ieldPolicy\x12\x11\n\tshard_key\x18\x01 \x01(\x08\x12\x11\n\tsensitive\x18\x02 \x01(\x08\x12\x1e\n\x16principal_unless_scope\x18\x03 \x01(\t\"/\n\x0b\x45ventPolicy\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r*j\n\x06\x41\x63\x63\x65ss\x12\x16\n\x12\x41\x43\x43\x45SS_UNSPECIFIED\x10\x00\x12\x11\n\rACCESS_PUBLIC\x10\x01\x12\x0f\n\x0b\x41\x43\x43\x45SS_USER\x10\x02\x12\x12\n\x0e\x41\x43\x43\x45SS_SERVICE\x10\x03\x12\x10\n\x0c\x41\x43\x43\x45SS_ADMIN\x10\x04*\xa3\x01\n\x0bIdempotency\x12\x1b\n\x17IDEMPOTENCY_UNSPECIFIED\x10\x00\x12\x14\n\x10IDEMPOTENCY_SAFE\x10\x01\x12\x1a\n\x16IDEMPOTENCY_REPEATABLE\x10\x02\x12\x18\n\x14IDEMPOTENCY_OPTIONAL\x10\x03\x12\x15\n\x11IDEMPOTENCY_KEYED\x10\x04\x12\x14\n\x10IDEMPOTENCY_ONCE\x10\x05:R\n\x06method\x12\x1e.google.protobuf.MethodOptions\x18\x8d\x8c\x03 \x01(\x0b\x32 .tenfold.options.v1.MethodPolicy:O\n\x05\x66ield\x12\x1d.google.protobuf.FieldOptions\x18\x8d\x8c\x03 \x01(\x0b\x32\x1f.tenfold.options.v1.FieldPolicy:Q\n\x05\x65vent\x12\x1f.google.protobuf.MessageOptions\x18\x8d\x8c\x03 \x01(\x0b\x32\x1f.tenfold.options.v1.EventPolicyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ftenfold/options/v1/policy.proto\x12\x12tenfold.options.v1\x1a google/protobuf/descriptor.proto\x1a\x1egoogle/protobuf/duration.proto\"Q\n\x05Quota\x12\x0e\n\x06\x62ucket\x18\x01 \x01(\t\x12\x18\n\x0b\x63ost_points\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06strict\x18\x03 \x01(\x08\x42\x0e\n\x0c_cost_points\"u\n\nRawBinding\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x17\n\x0frequest_headers\x18\x03 \x03(\t\x12\x18\n\x10response_headers\x18\x04 \x03(\t\x12\x16\n\x0e\x62ody_bytes_max\x18\x05 \x01(\x04\"\xb5\x04\n\x0cMethodPolicy\x12*\n\x06\x61\x63\x63\x65ss\x18\x01 \x01(\x0e\x32\x1a.tenfold.options.v1.Access\x12\x0e\n\x06scopes\x18\x02 \x03(\t\x12(\n\x05quota\x18\x03 \x01(\x0b\x32\x19.tenfold.options.v1.Quota\x12\x34\n\x0bidempotency\x18\x04 \x01(\x0e\x32\x1f.tenfold.options.v1.Idempotency\x12\x33\n\x10\x64\x65\x61\x64line_default\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0c\x64\x65\x61\x64line_max\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nretry_safe\x18\x07 \x01(\x08\x12\x10\n\x08internal\x18\x08 \x01(\x08\x12\x30\n\rcache_max_age\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x61udit\x18\n \x01(\x08\x12+\n\x03raw\x18\x0b \x03(\x0b\x32\x1e.tenfold.options.v1.RawBinding\x12\x1b\n\x0esuccess_status\x18\x0c \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0eignore_unknown\x18\r \x01(\x08\x12\x17\n\x0frequest_headers\x18\x10 \x03(\t\x12\x18\n\x10response_headers\x18\x11 \x03(\t\x12\x14\n\x0c\x63\x61usal_reads\x18\x12 \x01(\x08\x42\x11\n\x0f_success_status\"S\n\x0b\x46ieldPolicy\x12\x11\n\tshard_key\x18\x01 \x01(\x08\x12\x11\n\tsensitive\x18\x02 \x01(\x08\x12\x1e\n\x16principal_unless_scope\x18\x03 \x01(\t\"/\n\x0b\x45ventPolicy\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r*j\n\x06\x41\x63\x63\x65ss\x12\x16\n\x12\x41\x43\x43\x45SS_UNSPECIFIED\x10\x00\x12\x11\n\rACCESS_PUBLIC\x10\x01\x12\x0f\n\x0b\x41\x43\x43\x45SS_USER\x10\x02\x12\x12\n\x0e\x41\x43\x43\x45SS_SERVICE\x10\x03\x12\x10\n\x0c\x41\x43\x43\x45SS_ADMIN\x10\x04*\xa3\x01\n\x0bIdempotency\x12\x1b\n\x17IDEMPOTENCY_UNSPECIFIED\x10\x00\x12\x14\n\x10IDEMPOTENCY_SAFE\x10\x01\x12\x1a\n\x16IDEMPOTENCY_REPEATABLE\x10\x02\x12\x18\n\x14IDEMPOTENCY_OPTIONAL\x10\x03\x12\x15\n\x11IDEMPOTENCY_KEYED\x10\x04\x12\x14\n\x10IDEMPOTENCY_ONCE\x10\x05:R\n\x06method\x12\x1e.google.protobuf.MethodOptions\x18\x8d\x8c\x03 \x01(\x0b\x32 .tenfold.options.v1.MethodPolicy:O\n\x05\x66ield\x12\x1d.google.protobuf.FieldOptions\x18\x8d\x8c\x03 \x01(\x0b\x32\x1f.tenfold.options.v1.FieldPolicy:Q\n\x05\x65vent\x12\x1f.google.protobuf.MessageOptions\x18\x8d\x8c\x03 \x01(\x0b\x32\x1f.tenfold.options.v1.EventPolicyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tenfold.options.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACCESS']._serialized_start=1003
-  _globals['_ACCESS']._serialized_end=1109
-  _globals['_IDEMPOTENCY']._serialized_start=1112
-  _globals['_IDEMPOTENCY']._serialized_end=1275
+  _globals['_ACCESS']._serialized_start=1025
+  _globals['_ACCESS']._serialized_end=1131
+  _globals['_IDEMPOTENCY']._serialized_start=1134
+  _globals['_IDEMPOTENCY']._serialized_end=1297
   _globals['_QUOTA']._serialized_start=121
   _globals['_QUOTA']._serialized_end=202
   _globals['_RAWBINDING']._serialized_start=204
   _globals['_RAWBINDING']._serialized_end=321
   _globals['_METHODPOLICY']._serialized_start=324
-  _globals['_METHODPOLICY']._serialized_end=867
-  _globals['_FIELDPOLICY']._serialized_start=869
-  _globals['_FIELDPOLICY']._serialized_end=952
-  _globals['_EVENTPOLICY']._serialized_start=954
-  _globals['_EVENTPOLICY']._serialized_end=1001
+  _globals['_METHODPOLICY']._serialized_end=889
+  _globals['_FIELDPOLICY']._serialized_start=891
+  _globals['_FIELDPOLICY']._serialized_end=974
+  _globals['_EVENTPOLICY']._serialized_start=976
+  _globals['_EVENTPOLICY']._serialized_end=1023
 # @@protoc_insertion_point(module_scope)

@@ -198,6 +198,7 @@ class MethodPolicy(_message.Message):
     IGNORE_UNKNOWN_FIELD_NUMBER: _builtins.int
     REQUEST_HEADERS_FIELD_NUMBER: _builtins.int
     RESPONSE_HEADERS_FIELD_NUMBER: _builtins.int
+    CAUSAL_READS_FIELD_NUMBER: _builtins.int
     access: Global___Access.ValueType
     idempotency: Global___Idempotency.ValueType
     retry_safe: _builtins.bool
@@ -213,6 +214,12 @@ class MethodPolicy(_message.Message):
     ignore_unknown: _builtins.bool
     """Whether JSON fields, enum names and query parameters that the request does not have are
     ignored, and logged once each; else they are refused by name.
+    """
+    causal_reads: _builtins.bool
+    """Whether replicas may answer its reads. What they have is at most a lag guard (2 s) old, and
+    never less than the writes in the call's causal-token: each answer of a call that wrote
+    brings one in trailing metadata, over REST in the header Causal-Token, to be sent along with
+    later requests. Only for methods that are SAFE.
     """
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -267,10 +274,11 @@ class MethodPolicy(_message.Message):
         ignore_unknown: _builtins.bool = ...,
         request_headers: _abc.Iterable[_builtins.str] | None = ...,
         response_headers: _abc.Iterable[_builtins.str] | None = ...,
+        causal_reads: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_success_status", b"_success_status", "cache_max_age", b"cache_max_age", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "quota", b"quota", "success_status", b"success_status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_success_status", b"_success_status", "access", b"access", "audit", b"audit", "cache_max_age", b"cache_max_age", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "idempotency", b"idempotency", "ignore_unknown", b"ignore_unknown", "internal", b"internal", "quota", b"quota", "raw", b"raw", "request_headers", b"request_headers", "response_headers", b"response_headers", "retry_safe", b"retry_safe", "scopes", b"scopes", "success_status", b"success_status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_success_status", b"_success_status", "access", b"access", "audit", b"audit", "cache_max_age", b"cache_max_age", "causal_reads", b"causal_reads", "deadline_default", b"deadline_default", "deadline_max", b"deadline_max", "idempotency", b"idempotency", "ignore_unknown", b"ignore_unknown", "internal", b"internal", "quota", b"quota", "raw", b"raw", "request_headers", b"request_headers", "response_headers", b"response_headers", "retry_safe", b"retry_safe", "scopes", b"scopes", "success_status", b"success_status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__success_status: _TypeAlias = _typing.Literal["success_status"]  # noqa: Y015
     _WhichOneofArgType__success_status: _TypeAlias = _typing.Literal["_success_status", b"_success_status"]  # noqa: Y015
