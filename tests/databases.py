@@ -22,6 +22,7 @@ from shared.db.migrate import FRAMEWORK_MIGRATIONS, load_migrations
 from shared.db.port import Shards
 from shared.db.postgres import open_postgres_shards
 from shared.db.postgres_migrate import migrate_postgres
+from shared.db.postgres_replicas import LagGuard
 from shared.db.postgres_shards import parse_servers
 from shared.db.sqlite import open_sqlite_shards
 
@@ -180,6 +181,7 @@ class SqlitePlace:
             service=self.contents.service,
             secret=SECRET,
             clock=clock or SystemClock(),
+            causal_reads=True,
         )
 
     async def run_raw(
@@ -231,6 +233,7 @@ class PostgresPlace:
             service=self.contents.service,
             secret=SECRET,
             clock=clock or SystemClock(),
+            lag_guard=LagGuard(),
         )
 
     async def run_raw(

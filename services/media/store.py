@@ -401,12 +401,13 @@ class SqlMediaStore:
 
     async def get_video(self, video_id: UUID, scope: Scope) -> Video:
         """See MediaStore.get_video."""
-        return _video_of(await _select_video(self._shards.holding(video_id), video_id, scope))
+        bucket = self._shards.holding(video_id).causal
+        return _video_of(await _select_video(bucket, video_id, scope))
 
     async def list_videos(self, scope: Scope, *, before: UUID, count_max: int) -> Sequence[Video]:
         """See MediaStore.list_videos."""
         bucket = bucket_of(scope.owner)
-        rows = await self._shards.bucket(bucket).fetch_all(
+        rows = await self._shards.bucket(bucket).causal.fetch_all(
             SELECT_VIDEO_PAGE, bucket, scope.tenant, scope.owner, before, count_max
         )
         return [_video_of(row) for row in rows]

@@ -218,7 +218,9 @@ class SqlNotificationStore:
     ) -> Sequence[InboxItem]:
         """See InboxStore.list_items."""
         bucket = self._shards.holding(owner)
-        rows = await bucket.fetch_all(LIST_ITEMS, bucket.number, tenant, owner, before, limit)
+        rows = await bucket.causal.fetch_all(
+            LIST_ITEMS, bucket.number, tenant, owner, before, limit
+        )
         return [item_of_row(row) for row in rows]
 
     async def list_changes(
@@ -232,7 +234,7 @@ class SqlNotificationStore:
     async def get_summary(self, tenant: str, owner: UUID) -> InboxSummary:
         """See InboxStore.get_summary."""
         bucket = self._shards.holding(owner)
-        row = await bucket.fetch_one(SELECT_SUMMARY, bucket.number, owner, tenant)
+        row = await bucket.causal.fetch_one(SELECT_SUMMARY, bucket.number, owner, tenant)
         if row is None:
             return InboxSummary()
         return InboxSummary(row["unread_count"], row["total_count"], row["version"])
@@ -259,7 +261,8 @@ class SqlNotificationStore:
     ) -> Sequence[Delivery]:
         """See InboxStore.list_deliveries."""
         bucket = self._shards.holding(owner)
-        rows = await bucket.fetch_all(LIST_DELIVERIES, bucket.number, tenant, owner, before, limit)
+        key = (bucket.number, tenant, owner)
+        rows = await bucket.causal.fetch_all(LIST_DELIVERIES, *key, before, limit)
         return [delivery_of_row(row) for row in rows]
 
     async def list_due(self, shard: Shard, *, now: datetime, limit: int) -> Sequence[Delivery]:

@@ -49,6 +49,7 @@ def shard_settings(folder: Path, environ: Mapping[str, str]) -> ShardSettings:
         config.database,
         folder / "shards",
         MIGRATIONS,
+        causal_reads=True,
     )
 
 

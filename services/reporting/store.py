@@ -20,7 +20,7 @@ from services.reporting.domain import (
 )
 from shared.clock import of_us, to_us
 from shared.db.port import Once, Row, Shards, Transaction
-from shared.db.scatter import scatter
+from shared.db.scatter import Gathered, scatter
 
 EVERYBODY = UUID(int=0)
 """The owner under which a whole tenant's watermark is kept."""
@@ -145,17 +145,15 @@ class SqlReportStore:
         """See ReportStore.sums."""
         days = (interval.first.isoformat(), interval.last.isoformat())
         if scope.owner is None:
-            gathered = await scatter(self._shards, SELECT_TENANT_PARTS, scope.tenant, *days)
+            gathered = await self._gather(SELECT_TENANT_PARTS, scope.tenant, *days)
         else:
-            gathered = await scatter(
-                self._shards, SELECT_OWNER_PARTS, scope.tenant, *days, scope.owner
-            )
+            gathered = await self._gather(SELECT_OWNER_PARTS, scope.tenant, *days, scope.owner)
         return sums_of_parts(part_of_row(row) for row in gathered.rows)
 
     async def watermark(self, scope: Scope) -> Watermark:
         """See ReportStore.watermark."""
         owner = EVERYBODY if scope.owner is None else scope.owner
-        gathered = await scatter(self._shards, SELECT_WATERMARK, scope.tenant, owner)
+        gathered = await self._gather(SELECT_WATERMARK, scope.tenant, owner)
         reached = [row for row in gathered.rows if row["event_time_us"] is not None]
         newest_us = max((int(row["event_time_us"]) for row in reached), default=None)
         return Watermark(
@@ -164,9 +162,12 @@ class SqlReportStore:
             degraded=await self._is_degraded(scope.tenant),
         )
 
+    async def _gather(self, sql: str, *arguments: object) -> Gathered:
+        return await scatter(self._shards, sql, *arguments, is_causal=True)
+
     async def _is_degraded(self, tenant: str) -> bool:
         """Whether an event of the tenant was parked. Nothing parked is the usual case."""
-        gathered = await scatter(self._shards, SELECT_PARKED)
+        gathered = await self._gather(SELECT_PARKED)
         return any(
             json.loads(row["headers"]).get("tenfold-tenant", tenant) == tenant
             for row in gathered.rows
@@ -190,9 +191,9 @@ class SqlReportStore:
         bucket = self._shards.holding(run_id)
         key = (bucket.number, scope.tenant, run_id)
         if scope.owner is None:
-            row = await bucket.fetch_one(SELECT_TENANT_RUN, *key)
+            row = await bucket.causal.fetch_one(SELECT_TENANT_RUN, *key)
         else:
-            row = await bucket.fetch_one(SELECT_OWN_RUN, *key, scope.owner)
+            row = await bucket.causal.fetch_one(SELECT_OWN_RUN, *key, scope.owner)
         if row is None:
             raise ReportRunNotFound(f"reportRuns/{run_id}")
         return run_of_row(row)
@@ -202,7 +203,7 @@ class SqlReportStore:
     ) -> Sequence[ReportRun]:
         """See ReportStore.list_runs."""
         bucket = self._shards.holding(owner)
-        rows = await bucket.fetch_all(LIST_RUNS, bucket.number, tenant, owner, before, limit)
+        rows = await bucket.causal.fetch_all(LIST_RUNS, bucket.number, tenant, owner, before, limit)
         return [run_of_row(row) for row in rows]
 
 

@@ -39,6 +39,7 @@ def shard_settings(folder: Path, environ: Mapping[str, str]) -> ShardSettings:
         folder / "shards",
         MIGRATIONS,
         shard_count=config.shard_count,
+        causal_reads=True,
     )
 
 

@@ -33,6 +33,8 @@ class ShardSettings:
         migrations: the service's SQL files.
         shard_count: of SQLite's; Postgres has as many as are named.
         owned_by_first: give all buckets of new shards to the first.
+        causal_reads: whether replicas may answer what calls read that their contracts mark so,
+            and only where a store asks for it (Bucket.causal). Never for money.
         synchronous: SQLite's FULL for what a power cut must not take; Postgres always is.
     """
 
@@ -42,6 +44,7 @@ class ShardSettings:
     migrations: Path
     shard_count: int = 4
     owned_by_first: bool = False
+    causal_reads: bool = False
     synchronous: Literal["FULL", "NORMAL"] = "NORMAL"
 
 
@@ -73,8 +76,10 @@ def open_shards(
             secret=secret,
             clock=clock,
             service=settings.service,
+            causal_reads=settings.causal_reads,
         )
     from shared.db.postgres import open_postgres_shards
+    from shared.db.postgres_replicas import LagGuard
 
     return open_postgres_shards(
         servers,
@@ -83,6 +88,7 @@ def open_shards(
         secret=secret,
         clock=clock,
         service=settings.service,
+        lag_guard=LagGuard() if settings.causal_reads else None,
     )
 
 

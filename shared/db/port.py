@@ -157,6 +157,17 @@ class Bucket(Reader, Protocol):
         """0 to 4095."""
         ...
 
+    @property
+    def causal(self) -> Reader:
+        """Reads that a replica may answer, if the call's contract says `causal_reads`.
+
+        What they see is no older than the caller's own writes (shared/causal.py), and at most a
+        lag guard old for all others'. They go to the primary in every other call, outside of
+        calls, and where no replica is new enough. Inside a transaction they are a ValueError:
+        no decision rests on them.
+        """
+        ...
+
     def transaction(
         self, once: Once | None = None, *, also: Collection[int] = ()
     ) -> AbstractAsyncContextManager[Transaction]:
@@ -206,10 +217,13 @@ class Shard(Reader, Protocol):
         """
         ...
 
-    async def fetch_covered(self, sql: str, *arguments: object) -> Covered:
+    async def fetch_covered(self, sql: str, *arguments: object, is_causal: bool = False) -> Covered:
         """Rows, and the buckets that this shard owned in the same snapshot.
 
-        The statement filters its rows by tenfold_owned(<table>.bucket).
+        Args:
+            sql: filters its rows by tenfold_owned(<table>.bucket).
+            arguments: of the statement.
+            is_causal: whether a replica may answer; see Bucket.causal.
         """
         ...
 

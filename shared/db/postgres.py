@@ -14,16 +14,22 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 from uuid import UUID
 
-from shared import deadline
+from shared import causal, deadline
 from shared.clock import Clock, to_us
 from shared.db import limits
 from shared.db import once as once_rules
@@ -36,7 +42,18 @@ from shared.db.move.place import settle_left
 from shared.db.move.port import MoveFailed
 from shared.db.move.postgres_place import PostgresPlace
 from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
-from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction, only
+from shared.db.port import (
+    Bucket,
+    Covered,
+    Once,
+    OutboxRow,
+    Reader,
+    Row,
+    Shard,
+    Shards,
+    Transaction,
+    only,
+)
 from shared.db.postgres_connection import (
     ERRORS,
     GRACE_S,
@@ -47,6 +64,7 @@ from shared.db.postgres_connection import (
 )
 from shared.db.postgres_pool import Pool
 from shared.db.postgres_primary import Primary
+from shared.db.postgres_replicas import Host, LagGuard, LogEnd, Replicas
 from shared.db.postgres_shards import Plan, prepare
 from shared.db.shards import BucketMap
 from shared.db.sql import OWNED_STATES, STATEMENTS_CACHED_MAX
@@ -93,6 +111,9 @@ _COMMIT_AFTER = "SELECT pg_logical_emit_message(true, 'tenfold', '')"
 _OUTBOX_ROW = "SELECT 1 AS there FROM outbox WHERE event_id = $1"
 _UNKNOWN = "the answer to a commit was lost, and its outcome is not known; repeat the request"
 _UNDONE = "the connection was lost before the commit; nothing has happened"
+_DECIDES = "inside a transaction nothing may rest on a replica's answer: read through it"
+
+Answer = TypeVar("Answer")
 
 
 @lru_cache(STATEMENTS_CACHED_MAX)
@@ -196,7 +217,11 @@ class PostgresTransaction:
 
 @dataclass
 class PostgresShard:
-    """See Shard. One database: connections that write, connections that read."""
+    """See Shard. One database: connections that write, connections that read.
+
+    Attributes:
+        replicas: may answer causal reads; None where there are none, or none may.
+    """
 
     index: int
     primary: Primary
@@ -205,6 +230,8 @@ class PostgresShard:
     writers: Pool
     readers: Pool
     on_outbox: asyncio.Event
+    replicas: Replicas | None = None
+    log_end: LogEnd = field(default_factory=LogEnd)
     holders: set["asyncio.Task[object] | None"] = field(default_factory=set)
 
     def now_us(self) -> int:
@@ -245,24 +272,34 @@ class PostgresShard:
             BucketElsewhere: it may not.
         """
         found = await self._fetch(owned_read(sql, len(arguments)), *arguments, bucket)
-        if not found[0]["tenfold_readable"]:
-            raise BucketElsewhere(bucket, "not readable here", None)
-        if len(found) == 1 and not found[0]["tenfold_found"]:
-            return []
-        return [_without_marks(row) for row in found]
+        return _rows_of(found, bucket)
 
-    async def fetch_covered(self, sql: str, *arguments: object) -> Covered:
+    async def fetch_covered(self, sql: str, *arguments: object, is_causal: bool = False) -> Covered:
         """See Shard.fetch_covered."""
-        async with self.readers.lend() as connection:
-            try:
-                await connection.run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-                owned = await connection.fetch(_OWNED, ())
-                rows = await connection.fetch(sql, arguments)
-                await connection.run("COMMIT")
-            except BaseException:
-                await _undo(connection)
-                raise
-        return Covered(rows, {row["bucket"]: row["epoch"] for row in owned})
+        if is_causal:
+            answered = await self.answer_of_replica(lambda lent: _covered(lent, sql, arguments))
+            if answered is not None:
+                return answered
+        with self.spilling() if is_causal else nullcontext():
+            async with self.readers.lend() as connection:
+                return await _covered(connection, sql, arguments)
+
+    async def answer_of_replica(
+        self, ask: Callable[[Connection], Awaitable[Answer]]
+    ) -> Answer | None:
+        """What a replica answers to this call; None where the primary must be asked."""
+        if asyncio.current_task() in self.holders:
+            raise ValueError(_DECIDES)
+        seen = causal.current()
+        if self.replicas is None or not _may_lag(seen):
+            return None
+        return await self.replicas.answer(seen, ask)
+
+    def spilling(self) -> AbstractContextManager[None]:
+        """What such a read is at the primary; see Replicas.spilling."""
+        if self.replicas is None or not _may_lag(causal.current()):
+            return nullcontext()
+        return self.replicas.spilling()
 
     def transaction(self) -> "Turn":
         """See Shard.transaction."""
@@ -282,6 +319,9 @@ class PostgresShard:
         AFTER_COMMIT.visit()
         if tx.has_outbox:
             self.on_outbox.set()
+        seen = causal.current()
+        if self.replicas is not None and seen is not None:
+            seen.note(self.replicas.place, await self.log_end.after_commit(tx.connection))
 
     async def _resolve(self, tx: PostgresTransaction, lost: BaseException) -> None:
         """Return if the transaction has committed.
@@ -325,6 +365,8 @@ class PostgresShard:
         """Close every connection; safe to repeat."""
         await self.writers.close()
         await self.readers.close()
+        if self.replicas is not None:
+            await self.replicas.close()
 
 
 class Turn:
@@ -405,6 +447,11 @@ class PostgresBucket:
 
     shards: "PostgresShards"
     number: int
+
+    @property
+    def causal(self) -> Reader:
+        """See Bucket.causal."""
+        return CausalReader(self)
 
     async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
         """See Reader.fetch_one."""
@@ -494,6 +541,32 @@ class PostgresBucket:
 
     def _now_us(self) -> int:
         return self.shards.shard_of(self.number).now_us()
+
+
+@dataclass(frozen=True)
+class CausalReader:
+    """See Bucket.causal."""
+
+    bucket: PostgresBucket
+
+    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
+        """See Reader.fetch_one."""
+        return only(await self.fetch_all(sql, *arguments))
+
+    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See Reader.fetch_all."""
+        number = self.bucket.number
+        shard = self.bucket.shards.shard_of(number)
+
+        async def ask(lent: Connection) -> Sequence[Row]:
+            owned = owned_read(sql, len(arguments))
+            return _rows_of(await lent.fetch(owned, (*arguments, number)), number)
+
+        answered = await shard.answer_of_replica(ask)
+        if answered is not None:
+            return answered
+        with shard.spilling():
+            return await self.bucket.fetch_all(sql, *arguments)
 
 
 class BucketTurn:
@@ -665,6 +738,7 @@ async def open_postgres_shards(
     secret: bytes,
     clock: Clock,
     service: str = "",
+    lag_guard: LagGuard | None = None,
 ) -> AsyncIterator[Shards]:
     """Open a service's shards, migrating them as needed.
 
@@ -675,6 +749,7 @@ async def open_postgres_shards(
         secret: 32 bytes or more that never change for this data.
         clock: dates what is written.
         service: names the subjects of events; the migrations' parent folder by default.
+        lag_guard: lets replicas answer causal reads; None reads from primaries alone.
 
     Raises:
         DatabaseRefused: a shard is down, newer than this code, or does not fit; named.
@@ -692,19 +767,69 @@ async def open_postgres_shards(
             writers=Pool(primary, tenants, WRITERS_MAX),
             readers=Pool(primary, tenants, READERS_MAX),
             on_outbox=on_outbox,
+            replicas=_replicas(f"{service}.{index}", primary.server, tenants, lag_guard),
         )
         for index, primary in enumerate(prepared.primaries)
+    ]
+    watching = [
+        asyncio.create_task(shard.replicas.run(), name=f"replicas-{shard.replicas.place}")
+        for shard in shards
+        if shard.replicas is not None
     ]
     try:
         place = PostgresPlace(servers, imports=False)
         yield PostgresShards(shards, prepared.bucket_map, secret, on_outbox, place)
     finally:
-        await asyncio.shield(_close_all(shards))
+        await asyncio.shield(_close_all(shards, watching))
 
 
-async def _close_all(shards: Sequence[PostgresShard]) -> None:
+def _replicas(
+    place: str, server: Server, tenants: TenantCheck, guard: LagGuard | None
+) -> Replicas | None:
+    if guard is None or len(server.hosts) < 2:
+        return None
+    return Replicas(place, [Host(server.at(dsn), tenants) for dsn in server.hosts], guard)
+
+
+async def _close_all(
+    shards: Sequence[PostgresShard], watching: "Sequence[asyncio.Task[None]]"
+) -> None:
+    for task in watching:
+        task.cancel()
+    if watching:
+        await asyncio.wait(watching)
     for shard in shards:
         await shard.close()
+
+
+async def _covered(connection: Connection, sql: str, arguments: tuple[object, ...]) -> Covered:
+    """Rows, and what is owned, in one snapshot."""
+    try:
+        await connection.run("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        owned = await connection.fetch(_OWNED, ())
+        rows = await connection.fetch(sql, arguments)
+        await connection.run("COMMIT")
+    except BaseException:
+        await _undo(connection)
+        raise
+    return Covered(rows, {row["bucket"]: row["epoch"] for row in owned})
+
+
+def _may_lag(seen: causal.Seen | None) -> TypeGuard[causal.Seen]:
+    return seen is not None and seen.may_lag
+
+
+def _rows_of(found: list[dict[str, Any]], bucket: int) -> Sequence[Row]:
+    """The rows of an owned_read.
+
+    Raises:
+        BucketElsewhere: the shard may not speak for the bucket.
+    """
+    if not found[0]["tenfold_readable"]:
+        raise BucketElsewhere(bucket, "not readable here", None)
+    if len(found) == 1 and not found[0]["tenfold_found"]:
+        return []
+    return [_without_marks(row) for row in found]
 
 
 async def _undo(connection: Connection) -> None:

@@ -8,6 +8,7 @@ transaction; a connection that met a protocol error is closed, never used again.
 import asyncio
 import math
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -94,12 +95,14 @@ class Connection:
     Attributes:
         raw: asyncpg's.
         backend: the server's side of it.
+        opened_s: on time.monotonic(): no later than this the server behind it has started.
         dies_at_s: on time.monotonic(): not lent any more from then on.
     """
 
     def __init__(self, raw: Any, tenants: TenantCheck, backend: Backend) -> None:  # noqa: ANN401
         self.raw = raw
         self.backend = backend
+        self.opened_s = time.monotonic()
         self.dies_at_s = math.inf
         self._tenants = tenants
         self._is_in_doubt = False
@@ -179,14 +182,15 @@ FROM pg_stat_activity WHERE pid = pg_backend_pid()
 
 
 async def open_connection(
-    server: Server, tenants: TenantCheck, *, timeline_min: int = 0
+    server: Server, tenants: TenantCheck, *, timeline_min: int | None = 0
 ) -> Connection:
-    """Connect to a primary, with our settings.
+    """Connect with our settings.
 
     Args:
         server: where.
         tenants: checks each statement.
-        timeline_min: a primary on an older one is of the past.
+        timeline_min: a primary on an older one is of the past, and a replica is none; None to
+            take any host.
 
     Raises:
         ShardUnreachable: nobody answers there, or it refuses us; the sentence names the shard.
@@ -195,7 +199,7 @@ async def open_connection(
         raw = await connect(server)
         with _closing_on_failure(raw):
             row = await raw.fetchrow(_WHO)
-            if row["timeline"] < max(timeline_min, 1):
+            if timeline_min is not None and row["timeline"] < max(timeline_min, 1):
                 raise Unavailable(
                     f"{server.name} has no primary there", retry_after_s=RETRY_AFTER_S
                 )

@@ -1,4 +1,4 @@
-"""Connections to a shard's primary: few, opened when needed, waited for within bounds.
+"""Connections to one host of a shard: few, opened when needed, waited for within bounds.
 
 asyncpg's own pool waits without a limit and spends a round trip on resetting each connection
 that comes back. Ours has nothing to reset: all that we set ends with its transaction.
@@ -10,11 +10,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from shared import deadline
 from shared.db.limits import CLOSE_S_MAX, RETRY_AFTER_S
-from shared.db.postgres_connection import Connection, ShardUnreachable, open_connection
-from shared.db.postgres_primary import Primary
+from shared.db.postgres_connection import Connection, Server, ShardUnreachable, open_connection
 from shared.db.tenancy import TenantCheck
 from shared.errors import DeadlineExceeded, Overloaded, Unavailable
 
@@ -27,17 +27,31 @@ AGE_S_MAX = 600.0
 PAUSE_S_MIN, PAUSE_S_MAX = 0.1, 0.3
 
 
+class Target(Protocol):
+    """Where a pool's connections go: a shard's primary, wherever that is, or one host."""
+
+    @property
+    def server(self) -> Server:
+        """The shard at that host."""
+        ...
+
+    @property
+    def timeline(self) -> int | None:
+        """The oldest that its primary may be on; None takes a replica as well."""
+        ...
+
+
 @dataclass
 class Pool:
     """Lends connections, the last returned first.
 
     Attributes:
-        primary: says where to.
+        target: says where to.
         tenants: checks each statement.
         size_max: open at once.
     """
 
-    primary: Primary
+    target: Target
     tenants: TenantCheck
     size_max: int
     _idle: list[Connection] = field(default_factory=list)
@@ -55,6 +69,11 @@ class Pool:
     def open_count(self) -> int:
         """Connections that are open now."""
         return len(self._idle) + len(self._lent)
+
+    @property
+    def lent_count(self) -> int:
+        """Connections that are in use now."""
+        return len(self._lent)
 
     @asynccontextmanager
     async def lend(self) -> AsyncIterator[Connection]:
@@ -120,12 +139,12 @@ class Pool:
         """Open a connection for a slot that has been taken; gives the slot back on failure."""
         if time.monotonic() < self._refused_until_s:
             self._slots.release()
-            name = self.primary.server.name
+            name = self.target.server.name
             raise ShardUnreachable(f"{name} cannot be reached", retry_after_s=RETRY_AFTER_S)
         # A task of its own: asyncpg leaves things behind when it is cancelled while connecting.
-        primary = self.primary
+        target = self.target
         opening = asyncio.create_task(
-            open_connection(primary.server, self.tenants, timeline_min=primary.timeline)
+            open_connection(target.server, self.tenants, timeline_min=target.timeline)
         )
         self._opening.add(opening)
         limit = asyncio.timeout(deadline.remaining_s())

@@ -5,8 +5,9 @@ moves meanwhile is seen twice or never; then the whole is asked again.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from shared.db.ids import BUCKET_COUNT
@@ -40,6 +41,7 @@ async def scatter(
     limit: int | None = None,
     timeout_s: float = SHARD_TIMEOUT_S,
     partial_ok: bool = False,
+    is_causal: bool = False,
 ) -> Gathered:
     """Ask every shard at once.
 
@@ -52,12 +54,17 @@ async def scatter(
         limit: rows to keep after the merge.
         timeout_s: for each shard.
         partial_ok: answer without shards that are down, and name them.
+        is_causal: whether replicas may answer; see Bucket.causal. What they say of a bucket that
+            has just moved may not fit together, so they are asked once.
 
     Raises:
         Unavailable: a shard did not answer, or buckets kept moving.
     """
-    for _ in range(ATTEMPTS_MAX):
-        answers, unreachable = await _ask(shards.all(), sql, arguments, timeout_s)
+    for attempt in range(ATTEMPTS_MAX):
+        asked = partial(
+            _ask_shard, sql=sql, arguments=arguments, is_causal=is_causal and not attempt
+        )
+        answers, unreachable = await _ask(shards.all(), asked, timeout_s)
         if unreachable and not partial_ok:
             raise Unavailable(f"shards {unreachable} do not answer", retry_after_s=1.0)
         if _covers_once(answers, is_partial=bool(unreachable)):
@@ -69,13 +76,19 @@ async def scatter(
     raise Unavailable("parts of the data are moving; try again", retry_after_s=1.0)
 
 
+async def _ask_shard(
+    shard: Shard, *, sql: str, arguments: tuple[object, ...], is_causal: bool
+) -> Covered:
+    return await shard.fetch_covered(sql, *arguments, is_causal=is_causal)
+
+
 async def _ask(
-    shards: Sequence[Shard], sql: str, arguments: tuple[object, ...], timeout_s: float
+    shards: Sequence[Shard], asked: Callable[[Shard], Awaitable[Covered]], timeout_s: float
 ) -> tuple[list[Covered], list[int]]:
     async def ask(shard: Shard) -> Covered | int:
         try:
             async with asyncio.timeout(timeout_s):
-                return await shard.fetch_covered(sql, *arguments)
+                return await asked(shard)
         except (TenfoldError, TimeoutError):
             return shard.index
 

@@ -5,19 +5,23 @@ readers that are opened when first needed. `control.sqlite` remembers how many s
 are and which buckets each was given when it was made; who owns a bucket now is in each
 shard's `tenfold_bucket`.
 
+There is no replica of a file: causal reads ask the file itself, by the same rules, and a commit
+leaves a position in the caller's token as it does on Postgres.
+
 Money is opened with synchronous FULL. NORMAL survives a killed process; a power cut may
 take the last commits.
 """
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
 
-from shared import deadline
+from shared import causal, deadline
 from shared.clock import Clock, to_us
 from shared.db import once as once_rules
 from shared.db import sqlite_files
@@ -31,7 +35,18 @@ from shared.db.move.place import settle_left
 from shared.db.move.port import MoveFailed
 from shared.db.move.sqlite_folder import SqliteFolder
 from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
-from shared.db.port import Bucket, Covered, Once, OutboxRow, Row, Shard, Shards, Transaction, only
+from shared.db.port import (
+    Bucket,
+    Covered,
+    Once,
+    OutboxRow,
+    Reader,
+    Row,
+    Shard,
+    Shards,
+    Transaction,
+    only,
+)
 from shared.db.shards import BucketMap
 from shared.db.sql import OWNED_STATES, WRITABLE_STATES
 from shared.db.sqlite_connection import (
@@ -51,6 +66,7 @@ _OWNED = f"SELECT bucket, epoch FROM tenfold_bucket WHERE state IN {OWNED_STATES
 _WRITABLE = f"SELECT bucket FROM tenfold_bucket WHERE state IN {WRITABLE_STATES}"  # noqa: S608
 _OWNS = f"SELECT 1 AS owns FROM tenfold_bucket WHERE bucket = $1 AND state IN {OWNED_STATES}"  # noqa: S608
 _HELD = "SELECT state, peer FROM tenfold_bucket WHERE bucket = $1"
+_DECIDES = "inside a transaction nothing may rest on a replica's answer: read through it"
 _GUARD = """
 CREATE TEMP TRIGGER admitted_{table}_{operation} BEFORE {operation} ON main.{table}
 WHEN NOT tenfold_is_admitted({row}.bucket)
@@ -109,7 +125,11 @@ class SqliteTransaction:
 
 @dataclass
 class SqliteShard:
-    """See Shard. One file: its writer and its readers."""
+    """See Shard. One file: its writer and its readers.
+
+    Attributes:
+        causal_reads: whether commits leave positions.
+    """
 
     index: int
     path: Path
@@ -117,6 +137,7 @@ class SqliteShard:
     schema: Schema
     clock: Clock
     writer: Writer
+    causal_reads: bool = False
     readers: list[Connection] = field(default_factory=list)
     idle: list[Connection] = field(default_factory=list)
     free: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(READERS_MAX))
@@ -144,14 +165,21 @@ class SqliteShard:
         async with self.reading() as reader:
             return await reader.fetch_owned(bucket, sql, arguments, now_us=self.now_us())
 
-    async def fetch_covered(self, sql: str, *arguments: object) -> Covered:
+    async def fetch_covered(self, sql: str, *arguments: object, is_causal: bool = False) -> Covered:
         """See Shard.fetch_covered."""
+        if is_causal:
+            self.require_no_decision()
         async with self.reading() as reader:
             await reader.run("BEGIN")
             owned = await reader.fetch(_OWNED, ())
             rows = await reader.fetch(sql, arguments)
             await reader.run("ROLLBACK")  # after an error, reading() does it
         return Covered(rows, {row["bucket"]: row["epoch"] for row in owned})
+
+    def require_no_decision(self) -> None:
+        """Refuse what on Postgres a replica might answer, inside a transaction: a ValueError."""
+        if self.writer.is_ours:
+            raise ValueError(_DECIDES)
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[Connection]:
@@ -220,6 +248,10 @@ class SqliteShard:
                 raise BucketElsewhere(missing, state, None if peer is None else int(peer))
             turn.admit(wanted)
             yield turn, SqliteTransaction(turn, bucket, self)
+        seen = causal.current()
+        if self.causal_reads and seen is not None:
+            position = causal.Position(1, self.writer.commit_count, time.time())
+            seen.note(f"{self.service}.{self.index}", position)
 
     async def close(self) -> None:
         """Close every connection; safe to repeat."""
@@ -241,6 +273,11 @@ class SqliteBucket:
     def shard(self) -> SqliteShard:
         """Where it is, as far as we know."""
         return self.shards.shard_of(self.number)
+
+    @property
+    def causal(self) -> Reader:
+        """See Bucket.causal."""
+        return CausalReader(self)
 
     async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
         """See Reader.fetch_one."""
@@ -327,6 +364,22 @@ class SqliteBucket:
                 raise ValueError(f"buckets {self.number} and {bucket} are on different shards")
 
 
+@dataclass(frozen=True)
+class CausalReader:
+    """See Bucket.causal."""
+
+    bucket: SqliteBucket
+
+    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
+        """See Reader.fetch_one."""
+        return only(await self.fetch_all(sql, *arguments))
+
+    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See Reader.fetch_all."""
+        self.bucket.shard.require_no_decision()
+        return await self.bucket.fetch_all(sql, *arguments)
+
+
 @dataclass
 class SqliteShards:
     """See Shards. The files of one service."""
@@ -401,6 +454,7 @@ async def open_sqlite_shards(
     secret: bytes,
     clock: Clock,
     service: str = "",
+    causal_reads: bool = False,
 ) -> AsyncIterator[Shards]:
     """Open a service's shards, creating and migrating them as needed.
 
@@ -413,6 +467,7 @@ async def open_sqlite_shards(
         secret: 32 bytes or more that never change for this data.
         clock: dates what is written.
         service: names the subjects of events; the migrations' parent folder by default.
+        causal_reads: whether commits leave positions in their callers' tokens.
 
     Raises:
         DatabaseRefused: a file is damaged, newer than this code, or does not fit.
@@ -431,6 +486,7 @@ async def open_sqlite_shards(
                     synchronous=synchronous,
                     clock=clock,
                     on_outbox=on_outbox,
+                    causal_reads=causal_reads,
                 )
             )
             for index in range(len(opened.paths))
@@ -448,6 +504,7 @@ async def _open_shard(
     synchronous: Synchronous,
     clock: Clock,
     on_outbox: asyncio.Event,
+    causal_reads: bool,
 ) -> AsyncIterator[SqliteShard]:
     connection = await open_connection(
         opened.paths[index], opened.schema, read_only=False, synchronous=synchronous
@@ -455,7 +512,8 @@ async def _open_shard(
     try:
         writer = Writer(connection, on_outbox)
         await _guard(connection, opened.guarded_tables, writer)
-        shard = SqliteShard(index, opened.paths[index], service, opened.schema, clock, writer)
+        path, schema = opened.paths[index], opened.schema
+        shard = SqliteShard(index, path, service, schema, clock, writer, causal_reads)
         serving = asyncio.create_task(writer.run(), name=f"{service}-writer-{index}")
         try:
             yield shard

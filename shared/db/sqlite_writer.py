@@ -115,6 +115,11 @@ class Writer:
         self.commit_count = 0
         self.turn_count = 0
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether the task that asks holds the turn."""
+        return self._holder is not None and self._holder is asyncio.current_task()
+
     def is_admitted(self, bucket: int) -> bool:
         """Whether the turn that runs now may write this bucket; the guard triggers ask it."""
         return bucket in self._admitted

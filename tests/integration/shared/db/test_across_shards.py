@@ -160,7 +160,7 @@ async def test_a_scatter_read_without_a_shard_says_so(shards, monkeypatch):
     await add_everywhere(shards)
     await shards.all()[1].close()
 
-    async def down(*_):
+    async def down(*_, **__):
         raise Unavailable("down")
 
     monkeypatch.setattr(shards.all()[1], "fetch_covered", down)

@@ -10,10 +10,13 @@ import asyncpg
 import orjson
 import pytest
 
+from shared import causal
+from shared.causal import Seen
 from shared.db import limits, postgres
 from shared.db.errors import BucketNotAdmitted, ConstraintViolation, UniqueViolation
 from shared.db.ids import new_id
 from shared.db.port import OutboxRow
+from shared.db.scatter import scatter
 from shared.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -25,6 +28,7 @@ from shared.identity import Principal, PrincipalKind
 from tests.integration.shared.db.conftest import (
     FAR,
     INSERT_THING,
+    LIST_LABELS,
     NEAR,
     NEAR_TOO,
     add_thing,
@@ -501,3 +505,39 @@ async def test_a_covered_read_cut_in_the_middle_ends_at_once(shards):
     assert reading.cancelled()
     assert loop.time() - began_s < 2
     assert (await shard.fetch_covered(COUNT_COVERED)).rows == [{"n": 0}]
+
+
+# Causal reads ----------------------------------------------------------------------------
+
+
+async def test_a_call_that_sends_its_token_along_reads_what_it_wrote(shards):
+    seen = Seen()
+    causal.begin(seen)
+    async with shards.bucket(NEAR).transaction() as tx:
+        await add_thing(tx, "a")
+    causal.begin(Seen.of_token(seen.token(), may_lag=True))
+    rows = await shards.bucket(NEAR).causal.fetch_all(LIST_LABELS, "default")
+    gathered = await scatter(shards, COUNT_COVERED, is_causal=True)
+    assert [row["label"] for row in rows] == ["a"]
+    assert sum(row["n"] for row in gathered.rows) == 1
+
+
+@pytest.mark.parametrize("position", ["1.1", "1.7fffffffffffffff", "ffffffff.7fffffffffffffff"])
+async def test_a_forged_token_gets_the_same_answer(shards, position):
+    async with shards.bucket(NEAR).transaction() as tx:
+        await add_thing(tx, "a")
+    forged = f"1.things.0.{position}.ffffffffffff"
+    causal.begin(Seen.of_token(forged, may_lag=True))
+    rows = await shards.bucket(NEAR).causal.fetch_all(LIST_LABELS, "default")
+    assert [row["label"] for row in rows] == ["a"]
+
+
+@pytest.mark.parametrize("is_scatter", [False, True], ids=["bucket", "scatter"])
+async def test_no_transaction_decides_by_what_a_replica_may_answer(shards, is_scatter):
+    causal.begin(Seen(may_lag=True))
+    with pytest.raises(ValueError, match="inside a transaction"):
+        async with shards.bucket(NEAR).transaction():
+            if is_scatter:
+                await shards.all()[0].fetch_covered(COUNT_COVERED, is_causal=True)
+            else:
+                await shards.bucket(NEAR).causal.fetch_one(LIST_LABELS, "default")
