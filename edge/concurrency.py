@@ -27,9 +27,12 @@ SLOW_FACTOR, SLACK_S = 2.0, 0.05
 CLIP_FACTOR = 4.0
 # With so few calls at once, what they take is the usual time, also if it is more than before.
 QUIET_CALLS = 4
-# A burst makes a queue that is gone in a moment; only one that stays is a reason to refuse
-# (the idea of CoDel, RFC 8289 §3).
+# A burst makes a queue that drains; only one that stays is a reason to refuse (the idea of CoDel,
+# RFC 8289 §3). So calls must have been slow for so long while about as many came as went: on a
+# busy machine one burst may take longer, and nobody comes who would be better off elsewhere.
 STANDING_S = 2.0
+# A longer window counts for no more: maybe nothing ran at all in it, the edge included.
+STANDING_WINDOW_S = 0.5
 # The least and the most that the limit falls in a window.
 FALL_MIN, FALL_MAX = 0.9, 1 / 16
 # How far the usual time goes to that of a window: a shorter one, a longer one of few calls, and
@@ -110,10 +113,11 @@ class AdaptiveLimit:
         "_adapted_at_s",
         "_calls",
         "_fell_at_s",
+        "_in_flight",
         "_limit_max",
         "_limit_min",
         "_paces",
-        "_slow_since_s",
+        "_stood_s",
         "_until_s",
         "limit",
         "peak",
@@ -124,7 +128,8 @@ class AdaptiveLimit:
         self.limit = float(limit_max)
         self.peak = 0
         self._calls, self._until_s, self._fell_at_s = 0, 0.0, -math.inf
-        self._slow_since_s, self._adapted_at_s = math.inf, -math.inf
+        self._in_flight = 0  # when this window began
+        self._adapted_at_s, self._stood_s = -math.inf, 0.0
         self._paces: list[Pace] = []  # of methods that had calls in this window
 
     def note(self, pace: Pace, took_s: float, *, in_flight: int, now_s: float) -> bool:
@@ -147,30 +152,38 @@ class AdaptiveLimit:
         self._calls += 1
         if self._calls < WINDOW_CALLS or now_s < self._until_s:
             return False
-        self._adapt(now_s)
-        self.peak = in_flight
+        self._adapt(now_s, in_flight)
+        self.peak = self._in_flight = in_flight
         self._until_s = now_s + WINDOW_S
         return True
 
-    def _adapt(self, now_s: float) -> None:
+    def _adapt(self, now_s: float, in_flight: int) -> None:
         judged = [pace for pace in self._paces if pace.calls >= METHOD_CALLS]
         slow = [pace for pace in judged if pace.is_slow]
         slow_calls = sum(pace.calls for pace in slow)
         if 2 * slow_calls <= sum(pace.calls for pace in judged):
             self.limit = min(self._limit_max, self.limit + math.sqrt(self.limit))
-            self._slow_since_s = math.inf
-        elif self.peak >= self._limit_min:
-            if now_s - self._adapted_at_s > STANDING_S or self._slow_since_s == math.inf:
-                self._slow_since_s = now_s
-            if now_s - self._slow_since_s >= STANDING_S:
-                self._fall(slow, slow_calls)
-                self._fell_at_s = now_s
+            self._stood_s = 0.0
+        elif self.peak >= self._limit_min and self._stands(now_s, in_flight):
+            self._fall(slow, slow_calls)
+            self._fell_at_s = now_s
         self._adapted_at_s = now_s
         is_quiet = self.peak <= QUIET_CALLS
         for pace in judged:
             pace.end_window(is_quiet=is_quiet)
         self._paces = [pace for pace in self._paces if pace.calls]
         self._calls = sum(pace.calls for pace in self._paces)
+
+    def _stands(self, now_s: float, in_flight: int) -> bool:
+        """Whether the queue is one that stays, after another slow window."""
+        window_s = now_s - self._adapted_at_s
+        if window_s > STANDING_S:
+            self._stood_s = 0.0
+        elif 2 * (self._in_flight - in_flight) <= self._calls:
+            self._stood_s += min(window_s, STANDING_WINDOW_S)
+        else:
+            return False  # it drains
+        return self._stood_s >= STANDING_S
 
     def _fall(self, slow: list[Pace], slow_calls: int) -> None:
         if self.limit <= self._limit_min:

@@ -61,6 +61,31 @@ def test_a_burst_that_is_over_in_a_moment_changes_nothing() -> None:
     assert (server.limit.limit, server.refused) == (1000, 0)
 
 
+@pytest.mark.parametrize("calls", [80, 450])
+@pytest.mark.parametrize("work_s", [0.02, 0.05, 0.1], ids=["10 x", "25 x", "50 x"])
+def test_a_burst_on_a_busy_machine_is_none_behind_whom_others_wait(
+    work_s: float, calls: int
+) -> None:
+    server = Server(AdaptiveLimit(1000), work_s=0.002)
+    server.offer(100, since_s=0, seconds=10)
+    server.work_s = work_s  # other processes have the machine
+    for burst in range(3):
+        server.offer(calls / 0.5, since_s=10 + 60 * burst, seconds=0.5)
+        server.offer(10, since_s=10.5 + 60 * burst + calls * work_s, seconds=5)
+    assert (server.limit.limit, server.refused) == (1000, 0)
+
+
+def test_a_machine_that_stood_still_between_two_slow_windows_is_no_overload() -> None:
+    limit, pace = AdaptiveLimit(100), Pace()
+    limit.peak = 50
+    now_s, pauses_s = 0.0, [0.01] * 100 + [0.01] * 40 + [1.8] + [0.01] * 40
+    for number, pause_s in enumerate(pauses_s):
+        now_s += pause_s
+        took_s = 0.002 if number < 100 else 0.3
+        limit.note(pace, took_s, in_flight=50, now_s=now_s)
+    assert limit.limit == 100
+
+
 @pytest.mark.parametrize(
     ("workers", "work_s"),
     [(1, 0.002), (1, 0.01), (4, 0.002), (4, 0.01), (4, 0.1), (16, 0.01), (16, 0.1)],
