@@ -84,8 +84,11 @@ class Context:
         """Send initial metadata now; at most once, before the first answer message.
 
         A raw binding's answer starts with this: "http-status": "201",
-        "http-header-location": "/v1/files/…".
+        "http-header-location": "/v1/files/…". It carries the causal token of what was written
+        until now, if the binding lists that header.
         """
+        if self.seen.is_changed and "http-status" in headers:
+            headers = {**headers, f"http-header-{causal.KEY}": self.seen.token()}
         await self._rpc.send_initial_metadata(tuple(headers.items()))
 
     def mark_replayed(self) -> None:
