@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -12,9 +13,15 @@ import asyncpg
 
 from deploy.local import postgres
 from deploy.local.address import Address, free_addresses
+from deploy.local.postgres import PRIMARY
 from deploy.local.supervisor import open_supervisor
 
 DATABASE = "things"
+
+
+def node_of(index: int) -> str:
+    """The replica's name at its site."""
+    return f"replica_{index}"
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,12 @@ class Replicated:
         finally:
             await admin.close()
 
+    def send(self, index: int, signal_number: signal.Signals) -> None:
+        """Signal one of the servers; one that ends is started again."""
+        node = PRIMARY if index == 0 else node_of(index)
+        pid = (self.site.data_of(node) / "postmaster.pid").read_text().split()[0]
+        os.kill(int(pid), signal_number)
+
     async def delay(self, index: int, milliseconds: int) -> None:
         """Let a replica replay each commit so much later than it was made."""
         await self.run(index, f"ALTER SYSTEM SET recovery_min_apply_delay = {milliseconds}")
@@ -56,7 +69,7 @@ async def running_replicated(*delays_ms: int) -> AsyncIterator[Replicated]:
     folder = Path(tempfile.mkdtemp(prefix="tenfold-postgres-"))
     os.chmod(folder, 0o711)  # Postgres runs as another user
     addresses = free_addresses(1 + len(delays_ms))
-    nodes = [f"replica_{number}" for number, _ in enumerate(delays_ms, 1)]
+    nodes = [node_of(index) for index, _ in enumerate(delays_ms, 1)]
     try:
         site = postgres.open_site(folder, os.environ, is_durable=False)
         postgres.make_primary(site)

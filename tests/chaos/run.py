@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deploy.local.address import free_addresses
-from tests.chaos import documented, overloaded
+from tests.chaos import documented, lagging, overloaded
 from tests.fuzz.run import TARGETS, fuzz, is_installed
 from tests.kills import kill_at_random, told_to, violations
 from tests.mesh import running_mesh
@@ -65,12 +65,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="the schedule")
     parser.add_argument("--examples", type=int, default=50, help="for each operation, and wrong")
     parser.add_argument("--overload-s", type=int, default=60, help="seconds of each story")
+    parser.add_argument("--reads", type=int, default=10**6, help="of own writes, from replicas")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}")
     rows = [run(kills=arguments.kills, seed=arguments.seed)] if arguments.kills else []
     rows += [run_fuzzers(arguments.fuzz_s)] if arguments.fuzz_s else []
     rows += documented.run(examples=arguments.examples) if arguments.examples else []
     rows += overloaded.run(seconds=arguments.overload_s) if arguments.overload_s else []
+    rows += lagging.run(reads=arguments.reads) if arguments.reads else []
     print(json.dumps({"chaos": rows}))
     return 1 if any(row["violations"] for row in rows) else 0
 
