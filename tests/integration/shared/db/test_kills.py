@@ -1,18 +1,25 @@
 """Kill -9 at each named point: what was answered is there, what is there is there once."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
+from shared.db import uniq
 from shared.db.ids import new_id
+from shared.db.port import Shards
+from tests.integration.shared.db.claimant_process import COMMITS, EXPIRED, create
 from tests.integration.shared.db.conftest import FAR, NEAR, labels
 
 ROOT = Path(__file__).parents[4]
 PROGRAM = "tests.integration.shared.db.writer_process"
 SIGKILLED = -9
+CLAIMANTS = "tests.integration.shared.db.claimant_process"
+MUCH_LATER = EXPIRED + 10 * uniq.RESERVED_US
 
 
 def write(place: str, subject: str, bucket: int, *, crash_point: str = "") -> tuple[int, str]:
@@ -58,3 +65,49 @@ async def test_a_retry_after_a_kill_has_the_effect_exactly_once(
         assert await labels(shards) == ["a"]
         rows = await shards.bucket(bucket).fetch_all("SELECT event_no FROM outbox")
         assert [row["event_no"] for row in rows] == [1]
+
+
+def die_at_each_commit(place: str) -> list[tuple[str, UUID, UUID]]:
+    """Values, each with who claimed it and died on the way, and who had claimed it before."""
+    done = subprocess.run(
+        [sys.executable, "-m", CLAIMANTS, place],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {signal_number for *_, signal_number in told} == {-SIGKILLED}, done.stderr
+    return [(value, UUID(claimant), UUID(before)) for value, claimant, before, _ in told]
+
+
+async def owner_of(shards: Shards, value: uniq.UniqueValue, heir: UUID) -> UUID | None:
+    """Whose it is once another has asked for it, long after."""
+    try:
+        await uniq.reserve_unique(shards, value, heir, now_us=MUCH_LATER)
+    except uniq.UniqueTaken as taken:
+        return taken.owner_id
+    await create(shards, heir)
+    async with shards.bucket(value.bucket).transaction() as tx:
+        assert await uniq.confirm_unique(tx, value, heir)
+    return heir
+
+
+async def existing(shards: Shards, *ids: UUID) -> list[UUID]:
+    live = []
+    for one in ids:
+        row = await shards.holding(one).fetch_one("SELECT state FROM id_slot WHERE id = $1", one)
+        live += [one] if row and row["state"] == "LIVE" else []
+    return live
+
+
+async def test_a_value_has_one_owner_whoever_died_at_which_commit_of_claiming_it(engine):
+    async with engine.open() as shards:
+        told = die_at_each_commit(engine.name)
+        assert len(told) == 2 * sum(COMMITS.values())
+        for text, claimant, before in told:
+            value, heir = uniq.UniqueValue("default", "email", text), new_id(FAR)
+            owner = await owner_of(shards, value, heir)
+            assert await existing(shards, claimant, before, heir) == [owner], text
+            assert await uniq.find_unique(shards.bucket(value.bucket), value) == owner, text

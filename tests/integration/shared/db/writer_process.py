@@ -35,4 +35,5 @@ async def main(name: str, subject: str, bucket: int) -> None:
         print(answer, flush=True)
 
 
-asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))
