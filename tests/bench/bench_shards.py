@@ -11,6 +11,11 @@ not flush to disk, which would hide the work.
 "growth shards": the CPU that the server spends on a write and a read, over one shard and over
 eight, one eighth of the buckets after the other. If the shards took turns on two cores, what is in
 the cores' caches would be measured, and not the work. The ratio of both is largest ÷ smallest.
+
+With a streaming replica that has no lag of its own: "write, position" is a write whose caller is
+told how far the log was, "read, replica" a read that the replica answers, beside plain asyncpg on
+the same primary and the same replica. "connections" are all that a process holds open to one shard
+with one replica while 64 callers write and read.
 """
 
 import argparse
@@ -31,12 +36,17 @@ from deploy.local import postgres
 from deploy.local.address import free_addresses
 from deploy.local.processes import PROC
 from deploy.local.supervisor import open_supervisor
+from shared import causal
+from shared.causal import Seen
 from shared.clock import SystemClock
 from shared.db.ids import BUCKET_COUNT, new_id, random_bucket
 from shared.db.port import Shards
 from shared.db.postgres import open_postgres_shards
+from shared.db.postgres_replicas import LagGuard
 from shared.db.postgres_shards import parse_servers
 from tests.databases import PostgresServer
+from tests.own_writes import tell
+from tests.replicated import Replicated, running_replicated
 
 ROUNDS, ROUND_OPERATIONS = 15, 300
 MIGRATIONS = Path(__file__).parents[1] / "integration/shared/db/migrations"
@@ -241,6 +251,75 @@ def cpu_s(pids: Sequence[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+CALLERS, READS_OF_CALLERS = 64, 20_000
+CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tenfold-things'"
+
+
+async def rows_of_replicas() -> list[dict[str, object]]:
+    async with running_replicated(0) as running:
+        primary, replica = (running.site.dsn(one, "plain") for one in running.addresses)
+        await postgres.ensure_databases(running.site, running.addresses[0], ["plain"])
+        opened = open_postgres_shards(
+            parse_servers(running.dsn, service="things"),
+            migrations=MIGRATIONS,
+            secret=SECRET,
+            clock=SystemClock(),
+            service="things",
+            lag_guard=LagGuard(),
+        )
+        async with (
+            opened as shards,
+            asyncpg.create_pool(primary, min_size=1, max_size=4) as pool,
+            asyncpg.create_pool(replica, min_size=1, max_size=4) as far,
+        ):
+            await pool.execute(TABLE)
+            causal.begin(Seen())
+            write = await write_row("write, position", shards, pool)
+            read = await replica_read_row("read, replica", shards, pool, far)
+            return [write, read, await connections_row(running, shards)]
+
+
+async def replica_read_row(
+    what: str, shards: Shards, pool: asyncpg.Pool, far: asyncpg.Pool
+) -> dict[str, object]:
+    seen, bucket = Seen(), random_bucket()
+    key = new_id(bucket)
+    causal.begin(seen)
+    async with shards.holding(key).transaction() as tx:
+        await tx.execute(INSERT, bucket, key, "default", key, str(key))
+    await pool.execute(INSERT, bucket, key, "default", key, str(key))
+    token = seen.token()
+
+    async def ours() -> None:
+        causal.begin(Seen.of_token(token, may_lag=True))
+        assert await shards.holding(key).causal.fetch_one(SELECT, bucket, key, "default")
+
+    async def plain() -> None:
+        async with far.acquire() as connection:
+            await connection.fetchrow(SELECT, bucket, key, "default")
+
+    replicas = shards.all()[0].replicas
+    while not replicas.answered_count:
+        await ours()
+    before = replicas.spilled_count
+    result = row(what, *await microseconds(ours, plain))
+    assert replicas.spilled_count - before < ROUND_OPERATIONS, "the replica was to answer"
+    return result
+
+
+async def connections_row(running: Replicated, shards: Shards) -> dict[str, object]:
+    await tell(shards, reads=READS_OF_CALLERS, clients=CALLERS, reads_per_write=(5,))
+    count = sum([int(await running.run(index, CONNECTIONS)) for index in (0, 1)])
+    return {
+        "what": "connections",
+        "unit": "per process and shard",
+        "ours": count,
+        "peer": None,
+        "ratio": None,
+        "better": "lower",
+    }
+
+
 async def main(rows_large: int) -> None:
     async with running_server() as server:
         [plain_dsn] = await server.make_databases(1)
@@ -257,9 +336,11 @@ async def main(rows_large: int) -> None:
                 await read_row("read, bare", shards, bare),
             ]
         rows += [await growth_of_rows(server, rows_large), await growth_of_shards(server)]
+    rows += await rows_of_replicas()
     for entry in rows:
         beside = f", plain {entry['peer']}" if entry["peer"] else ""
-        print(f"{entry['what']}: {entry['ours']} {entry['unit']}{beside}, x {entry['ratio']}")
+        ratio = f", x {entry['ratio']}" if entry["ratio"] else ""
+        print(f"{entry['what']}: {entry['ours']} {entry['unit']}{beside}{ratio}")
     print(json.dumps({"bench": "shards", "engine": "asyncpg", "rows": rows}))
 
 
