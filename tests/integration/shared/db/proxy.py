@@ -1,7 +1,7 @@
 """A TCP proxy in front of Postgres that loses what it is told to lose."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ class Proxy:
     dsn: str = ""
     fault: str = ""
     server: asyncio.Server | None = None
+    listen: Callable[[int], Awaitable[asyncio.Server]] | None = None
     writers: set[asyncio.StreamWriter] = field(default_factory=set)
 
     def cut(self) -> None:
@@ -31,6 +32,11 @@ class Proxy:
         assert self.server is not None
         self.server.close()
         self.forget()
+
+    async def mend(self) -> None:
+        """Take connections again, where it took them before."""
+        assert self.listen is not None
+        self.server = await self.listen(urlsplit(self.dsn).port or 0)
 
     def forget(self) -> None:
         """End what is open; new connections may come."""
@@ -105,7 +111,10 @@ async def proxying(dsn: str) -> AsyncIterator[Proxy]:
         far = await asyncio.open_connection(parts.hostname, parts.port)
         await _Link(proxy, reader, writer, *far).run()
 
-    proxy.server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async def listen(port: int) -> asyncio.Server:
+        return await asyncio.start_server(serve, "127.0.0.1", port)
+
+    proxy.listen, proxy.server = listen, await listen(0)
     port = proxy.server.sockets[0].getsockname()[1]
     user = parts.netloc.rpartition("@")[0]
     proxy.dsn = parts._replace(netloc=f"{user}@127.0.0.1:{port}").geturl()

@@ -129,6 +129,21 @@ async def test_a_shard_that_is_down_is_named_and_hurts_only_its_own_buckets(prox
     assert (gathered.unreachable, gathered.rows) == ([0], [{"label": "far"}])
 
 
+async def test_a_shard_that_is_back_is_used_again_without_a_restart(proxy, shards):
+    async with shards.bucket(NEAR).transaction() as tx:
+        await add_thing(tx, "before")
+    proxy.cut()
+    with pytest.raises(Unavailable):
+        await scatter(shards, LIST_ALL, "default")
+    await proxy.mend()
+    async with asyncio.timeout(10):
+        while (await scatter(shards, LIST_ALL, "default", partial_ok=True)).unreachable:
+            pass
+    async with shards.bucket(NEAR).transaction() as tx:
+        await add_thing(tx, "after")
+    assert await labels(shards) == ["after", "before"]
+
+
 async def test_a_frozen_server_costs_no_more_than_the_callers_time(proxy, shards):
     async def ask(timeout_s: float) -> None:
         deadline.set_deadline(asyncio.get_running_loop().time() + timeout_s)
