@@ -58,6 +58,7 @@ class Worker:
     is_serving: asyncio.Event = field(default_factory=asyncio.Event)
     where: dict[str, Any] = field(default_factory=dict)
     failures: int = 0
+    shall_reload: bool = False  # as soon as it serves
     metrics: asyncio.Future[bytes] | None = None
 
 
@@ -125,10 +126,12 @@ class Workers:
             self._signal(worker, signal.SIGTERM)
 
     def reload_all(self) -> None:
-        """Let each look for new contracts; one that does not serve yet is reading them anyway."""
+        """Let each look for new contracts; one that does not serve yet may have read the old."""
         for worker in self._workers:
             if worker.is_serving.is_set():
                 self._signal(worker, signal.SIGHUP)
+            else:
+                worker.shall_reload = True
 
     async def replace_all(self) -> None:
         """One after another: each serves again before the next one drains."""
@@ -164,6 +167,7 @@ class Workers:
         descriptors = self._listener.fileno(), theirs.fileno(), self._board.descriptor
         command = (sys.executable, "-P", "-m", "edge")
         others_serve = bool(self._board.counts())
+        worker.shall_reload = False
         with closing(theirs):
             worker.process = await asyncio.create_subprocess_exec(
                 *command,
@@ -195,6 +199,8 @@ class Workers:
                 if kind == SERVING:
                     worker.where, worker.failures = json.loads(payload), 0
                     worker.is_serving.set()
+                    if worker.shall_reload:
+                        self._signal(worker, signal.SIGHUP)
                     assert worker.process is not None
                     _log.info("worker serves", worker=worker.number, pid=worker.process.pid)
                 elif kind == METRICS and worker.metrics is not None:
