@@ -10,11 +10,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from urllib.parse import urlsplit
 
 ANSWER_TIMEOUT_S = 60.0
-LOST = 0  # the status of a request whose connection broke
+LOST = 0  # the status of a request whose connections broke
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Request:
 
     name: str
     data: bytes
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether a client may send it once more when a connection breaks (RFC 9110 §9.2.2)."""
+        return self.data.startswith(b"GET ")
 
     @classmethod
     def of(
@@ -52,6 +57,7 @@ class Shot:
         status: of the answer; LOST without one.
         took_s: from when it was due to the end of the answer.
         head: of the answer.
+        is_repeated: whether a connection broke and it was sent once more.
     """
 
     name: str
@@ -59,6 +65,7 @@ class Shot:
     status: int
     took_s: float
     head: bytes = b""
+    is_repeated: bool = False
 
 
 @dataclass
@@ -113,7 +120,10 @@ def steadily(
 
 
 async def fire(url: str, plan: Iterable[tuple[float, Request]]) -> Shots:
-    """Send everything when it is due, and wait for all answers."""
+    """Send everything when it is due, and wait for all answers.
+
+    What can be repeated is sent once more, on another connection, when its own breaks.
+    """
     where = urlsplit(url)
     assert where.hostname is not None
     gun = _Gun(where.hostname, where.port or 80)
@@ -122,9 +132,23 @@ async def fire(url: str, plan: Iterable[tuple[float, Request]]) -> Shots:
         pause_s = began_s + due_s - time.monotonic()
         if pause_s > 0:
             await asyncio.sleep(pause_s)
-        gun.send(request, due_s, began_s + due_s)
+        gun.send(_Asked(request, due_s, began_s + due_s))
     await gun.close()
     return Shots(gun.shots)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request under way."""
+
+    request: Request
+    due_s: float
+    due_at_s: float
+    is_repeated: bool = False
+
+    def answered(self, status: int, head: bytes = b"") -> Shot:
+        took_s = time.monotonic() - self.due_at_s
+        return Shot(self.request.name, self.due_s, status, took_s, head, self.is_repeated)
 
 
 class _Gun:
@@ -132,40 +156,50 @@ class _Gun:
         self._host, self._port = host, port
         self._idle: list[_Connection] = []
         self._opening: set[asyncio.Task[None]] = set()
-        self.busy = 0
+        self._busy = 0
         self.shots: list[Shot] = []
 
-    def send(self, request: Request, due_s: float, due_at_s: float) -> None:
-        self.busy += 1
+    def send(self, asked: _Asked) -> None:
+        self._busy += 1
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed:
-                connection.send(request, due_s, due_at_s)
+                connection.send(asked)
                 return
-        task = asyncio.create_task(self._open(request, due_s, due_at_s))
+        self._open(asked)
+
+    def _open(self, asked: _Asked) -> None:
+        task = asyncio.create_task(self._send_on_new(asked))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
 
-    async def _open(self, request: Request, due_s: float, due_at_s: float) -> None:
+    async def _send_on_new(self, asked: _Asked) -> None:
         loop = asyncio.get_running_loop()
         try:
             _, connection = await loop.create_connection(
                 lambda: _Connection(self), self._host, self._port
             )
         except OSError:
-            self.end(Shot(request.name, due_s, LOST, time.monotonic() - due_at_s))
-            return
-        connection.send(request, due_s, due_at_s)
+            self.broke(asked)
+        else:
+            connection.send(asked)
 
-    def end(self, shot: Shot, connection: "_Connection | None" = None) -> None:
-        self.busy -= 1
+    def broke(self, asked: _Asked) -> None:
+        if asked.request.is_repeatable and not asked.is_repeated:
+            self._open(replace(asked, is_repeated=True))
+        else:
+            self.end(asked.answered(LOST))
+
+    def end(self, shot: Shot) -> None:
+        self._busy -= 1
         self.shots.append(shot)
-        if connection is not None:
-            self._idle.append(connection)
+
+    def keep(self, connection: "_Connection") -> None:
+        self._idle.append(connection)
 
     async def close(self) -> None:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            while self.busy:  # noqa: ASYNC110
+            while self._busy:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         for connection in self._idle:
             connection.close()
@@ -174,7 +208,7 @@ class _Gun:
 class _Connection(asyncio.Protocol):
     def __init__(self, gun: _Gun) -> None:
         self._gun = gun
-        self._asked: tuple[Request, float, float] | None = None
+        self._asked: _Asked | None = None
         self._received = b""
         self._transport: asyncio.Transport | None = None
         self.is_closed = False
@@ -183,34 +217,34 @@ class _Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
 
-    def send(self, request: Request, due_s: float, due_at_s: float) -> None:
+    def send(self, asked: _Asked) -> None:
         assert self._transport is not None
-        self._asked = request, due_s, due_at_s
-        self._transport.write(request.data)
+        self._asked = asked
+        self._transport.write(asked.request.data)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
         head, end, body = self._received.partition(b"\r\n\r\n")
-        if not end:
+        if not end or self._asked is None:
             return
-        _, found, rest = head.lower().partition(b"\r\ncontent-length: ")
-        if len(body) >= (int(rest.split(b"\r\n", 1)[0]) if found else 0):
-            self._received = b""
-            self._end(int(head[9:12]), head)
+        head = head.lower()
+        _, found, rest = head.partition(b"\r\ncontent-length: ")
+        if len(body) < (int(rest.split(b"\r\n", 1)[0]) if found else 0):
+            return
+        asked, self._asked, self._received = self._asked, None, b""
+        self._gun.end(asked.answered(int(head[9:12]), head))
+        if b"\r\nconnection: close" in head:
+            self.close()
+        else:
+            self._gun.keep(self)
 
     def connection_lost(self, _error: Exception | None) -> None:
         self.is_closed = True
-        self._end(LOST, b"")
+        if self._asked is not None:
+            asked, self._asked = self._asked, None
+            self._gun.broke(asked)
 
     def close(self) -> None:
+        self.is_closed = True
         if self._transport is not None:
             self._transport.close()
-
-    def _end(self, status: int, head: bytes) -> None:
-        if self._asked is None:
-            return
-        (request, due_s, due_at_s), self._asked = self._asked, None
-        shot = Shot(request.name, due_s, status, time.monotonic() - due_at_s, head)
-        if b"\r\nconnection: close" in head.lower():
-            self.is_closed = True
-        self._gun.end(shot, None if self.is_closed else self)

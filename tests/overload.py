@@ -12,25 +12,34 @@ from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 
 from deploy.local.address import free_addresses
+from deploy.local.processes import family
 from shared.signals import send_signal
 from tests.bench import http_load
+from tests.integration.edge.behind import KNOWN, Behind, Tokens
+from tests.integration.edge.quotas import PATIENT_S, valkey_of_its_own
 from tests.integration.edge.worker import CONTRACT, worker, works_image
+from tests.mesh import wait_until_gone
 from tests.open_loop import Request, Shot, Shots, fire, steadily
 from tests.protos import compile_protos
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = CHANGE_TIMEOUT_S = 30.0
 TOIL_MS = 5
 TOIL = Request.of("toil", "POST", "/v1/toil", {"workMs": TOIL_MS})
 LOOK = Request.of("look", "GET", "/v1/look")
+LABOUR = Request.of("labour", "POST", "/v1/toil", {"workMs": 1})
 AMPLE = "1000000"
-# Changes of the contract that break nobody.
+BURST = "50"  # what the dearest call of our contracts costs
 WORKS = (CONTRACT / "works.proto").read_text()
+EDGE_WORKERS = 2
+# New connections that all must come to an edge of the newest contracts, to believe it of both.
+IN_A_ROW = 8
 
 
 @dataclass(frozen=True)
@@ -72,26 +81,28 @@ async def scene(**settings: str) -> AsyncIterator[Scene]:
             **settings,
         }
         edge = await stack.enter_async_context(_edge(environ))
-        await _until_ready(f"http://{listen}")
         yield Scene(f"http://{listen}", edge, image, upstream, server)
 
 
 @asynccontextmanager
 async def _edge(environ: dict[str, str]) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "edge", env=environ,
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+        sys.executable, "-m", "edge", env=environ, stdout=asyncio.subprocess.DEVNULL
+    )
     try:
+        await _until_ready(f"http://{environ['TENFOLD_EDGE_LISTEN']}", process)
         yield process
     finally:
+        marks = family(process.pid)
         send_signal(process, signal.SIGKILL)
         await process.wait()
+        await asyncio.to_thread(wait_until_gone, marks)
 
 
-async def _until_ready(url: str) -> None:
+async def _until_ready(url: str, process: Process) -> None:
     async with httpx.AsyncClient(base_url=url) as client, asyncio.timeout(START_TIMEOUT_S):
         while True:
+            assert process.returncode is None, "it has ended, and said why"
             try:
                 if (await client.get("/readyz")).status_code == 200:
                     return
@@ -162,75 +173,150 @@ class Beside:
     disturbing: Shots
 
     @property
-    def ratio(self) -> float:
-        """Their slowest hundredth beside it, over alone."""
-        return self.beside.slowest_s() / self.alone.slowest_s()
+    def names(self) -> list[str]:
+        """The kinds of the others' requests."""
+        return sorted({shot.name for shot in self.beside.shots})
 
 
 async def slow_method(*, seconds: float, takes_s: float, per_s: float = 100) -> Beside:
     """One method hangs, and is asked for more than its part holds."""
     slow = Request.of("slow", "GET", f"/v1/wait?workMs={round(takes_s * 1000)}")
+    others = {LOOK: per_s, LABOUR: per_s / 2}
     async with scene(TENFOLD_EDGE_UPSTREAM_CALLS_MAX="200") as set_up:
-        await fire(set_up.url, steadily({LOOK: per_s}, 1.0))
-        alone = await fire(set_up.url, steadily({LOOK: per_s}, seconds / 2))
-        plan = steadily({slow: 200 / takes_s}, seconds) + steadily({LOOK: per_s}, seconds)
-        mixed = await fire(set_up.url, sorted(plan, key=lambda entry: entry[0]))
-        after = await fire(set_up.url, steadily({LOOK: per_s}, seconds / 2))
+        await fire(set_up.url, steadily(others, 1.0))
+        alone = await fire(set_up.url, steadily(others, seconds / 2))
+        plan = steadily({slow: 200 / takes_s, **others}, seconds)
+        mixed = await fire(set_up.url, plan)
+        after = await fire(set_up.url, steadily(others, seconds / 2))
     alone = Shots(alone.shots + after.shots)  # the machine may have other things to do, too
-    return Beside(alone, mixed.of("look"), mixed.of("slow"))
+    return Beside(alone, Shots(mixed.of("look").shots + mixed.of("labour").shots), mixed.of("slow"))
 
 
 async def greedy_caller(*, seconds: float, slice_s: float = 2.0, per_s: float = 20) -> Beside:
-    """One caller asks ten times what its quota allows; another is counted apart.
+    """One credential asks ten times what its quota allows; another is counted apart.
 
     The greedy one comes and goes, so that both have the same of what else the machine does.
     """
-    greedy = Request.of("greedy", "GET", "/v1/look", x_forwarded_for="192.0.2.1")
-    polite = Request.of("polite", "GET", "/v1/look", x_forwarded_for="198.51.100.1")
     slices = round(seconds / slice_s)
-    async with scene(
-        TENFOLD_EDGE_TRUSTED_HOPS="1",
-        TENFOLD_EDGE_API_POINTS_PER_S=str(2 * per_s),
-        TENFOLD_EDGE_API_BURST_POINTS=str(round(2 * per_s)),
-    ) as set_up:
+    async with _guarded_scene(points_per_s=2 * per_s) as (url, tokens):
+        greedy, polite = (
+            Request.of(name, "GET", f"/v1/{KNOWN}", authorization=f"Bearer {tokens.token()}")
+            for name in ("greedy", "polite")
+        )
         plan = steadily({polite: per_s}, 2 * slices * slice_s)
         for number in range(slices):
             plan += steadily({greedy: 20 * per_s}, slice_s, since_s=(2 * number + 1) * slice_s)
-        shots = await fire(set_up.url, sorted(plan, key=lambda entry: entry[0]))
+        shots = await fire(url, sorted(plan, key=lambda entry: entry[0]))
     heard: tuple[list[Shot], list[Shot]] = [], []
     for shot in shots.of("polite").shots:
         heard[int(shot.due_s / slice_s) % 2].append(shot)
     return Beside(Shots(heard[0]), Shots(heard[1]), shots.of("greedy"))
 
 
+@asynccontextmanager
+async def _guarded_scene(points_per_s: float) -> AsyncIterator[tuple[str, Tokens]]:
+    """An edge that knows credentials, before our contracts; quotas are counted in Valkey."""
+    behind, [listen] = Behind(), map(str, free_addresses(1))
+    await behind.start()
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(behind.stop)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (folder / "edge.pem").write_bytes(behind.identity_pem)
+        environ = {
+            "PATH": os.environ["PATH"],
+            "TENFOLD_EDGE_LISTEN": listen,
+            "TENFOLD_UPSTREAMS": f"*={behind.address}",
+            "TENFOLD_IDENTITY_FOLDER": str(folder),
+            "TENFOLD_VALKEY_URL": stack.enter_context(valkey_of_its_own(folder)).url,
+            "TENFOLD_EDGE_QUOTA_TIMEOUT_S": str(PATIENT_S),
+            "TENFOLD_EDGE_API_POINTS_PER_S": str(points_per_s),
+            "TENFOLD_EDGE_API_BURST_POINTS": BURST,
+            "TENFOLD_LOG_LEVEL": "warning",
+        }
+        await stack.enter_async_context(_edge(environ))
+        yield f"http://{listen}", behind.tokens
+
+
+class Change(StrEnum):
+    """What happens to an edge of several workers, or behind it, while callers ask."""
+
+    FILE = "the contracts' file changes"
+    HANGUP = "the contracts' file changes, and SIGHUP says so"
+    WORKERS = "SIGUSR2 replaces the workers"
+    SERVER = "the server behind is replaced"
+    KILL = "one of two servers behind is killed"
+
+
 @dataclass(frozen=True)
 class Changed:
-    """What callers met while everything behind them changed."""
+    """What callers met, and how often things changed."""
 
     shots: Shots
-    reloads: int
-    restarts: int
+    changes: int
 
 
-async def changes_under_load(*, seconds: float, every_s: float, per_s: float = 100) -> Changed:
-    """Contracts change and the server is replaced, again and again."""
-    async with scene() as set_up, AsyncExitStack() as stack:
+async def changes_under_load(change: Change, *, seconds: float, per_s: float = 100) -> Changed:
+    """The same thing happens again and again, as often as it has become true."""
+    reload_s = "0" if change is Change.HANGUP else "0.1"
+    settings = {"TENFOLD_EDGE_WORKERS": str(EDGE_WORKERS), "TENFOLD_EDGE_RELOAD_S": reload_s}
+    async with scene(**settings) as set_up, AsyncExitStack() as stack:
+        changing = _Changing(set_up, stack)
         shooting = asyncio.create_task(fire(set_up.url, steadily({LOOK: per_s}, seconds)))
-        server, rounds = set_up.server, 0
         while not shooting.done():
-            await asyncio.sleep(every_s)
-            rounds += 1
-            await asyncio.to_thread(_grow, set_up.image, rounds)
-            # The next one listens beside it before it is told to go.
-            fresh = await stack.enter_async_context(worker(set_up.image, set_up.upstream))
-            send_signal(server, signal.SIGTERM)
-            await server.wait()
-            server = fresh
-        return Changed(await shooting, rounds, rounds)
+            async with asyncio.timeout(CHANGE_TIMEOUT_S):
+                await changing.make(change)
+        return Changed(await shooting, changing.made)
+
+
+class _Changing:
+    """Makes changes, and waits until they have become true."""
+
+    def __init__(self, set_up: Scene, stack: AsyncExitStack) -> None:
+        self._scene, self._stack = set_up, stack
+        self._server = set_up.server
+        self.made = 0
+
+    async def make(self, change: Change) -> None:
+        match change:
+            case Change.FILE | Change.HANGUP:
+                await self._change_contracts(says_so=change is Change.HANGUP)
+            case Change.WORKERS:
+                await self._replace_workers()
+            case Change.SERVER:
+                await self._replace_server(signal.SIGTERM)
+            case Change.KILL:
+                await self._replace_server(signal.SIGKILL)
+        self.made += 1
+
+    async def _change_contracts(self, *, says_so: bool) -> None:
+        await asyncio.to_thread(_grow, self._scene.image, self.made + 1)
+        if says_so:
+            send_signal(self._scene.edge, signal.SIGHUP)
+        in_a_row = 0
+        while in_a_row < IN_A_ROW:  # of the workers any may take a connection
+            async with httpx.AsyncClient(base_url=self._scene.url) as client:
+                is_new = f"note{self.made}" in (await client.get("/v1/look")).json()
+            in_a_row = in_a_row + 1 if is_new else 0
+
+    async def _replace_workers(self) -> None:
+        before = set(family(self._scene.edge.pid)[1:])
+        while before & set(family(self._scene.edge.pid)):
+            send_signal(self._scene.edge, signal.SIGUSR2)  # ignored while the last one is obeyed
+            await asyncio.sleep(0.05)
+        await _until_ready(self._scene.url, self._scene.edge)
+
+    async def _replace_server(self, end: signal.Signals) -> None:
+        """The next one listens beside it before it goes."""
+        fresh = await self._stack.enter_async_context(
+            worker(self._scene.image, self._scene.upstream)
+        )
+        send_signal(self._server, end)
+        await self._server.wait()
+        self._server = fresh
 
 
 def _grow(image: Path, fields: int) -> None:
-    """Write a contract with one field more, in one step."""
+    """Write a contract with so many fields more, which break nobody, in one step."""
     grown = "".join(f"string note{number} = {number + 10};" for number in range(fields))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
