@@ -6,12 +6,10 @@ from shared import causal
 from shared.causal import CLOCKS_APART_S, ENTRIES_MAX, LIFE_S, Position, Seen
 from shared.errors import InvalidRequest
 
-NOW_S = time.time()
-
 
 def position(lsn: int = 7, *, timeline: int = 1, at_s: float = 0.0) -> Position:
     """Of a moment that many seconds from now."""
-    return Position(timeline, lsn, round(NOW_S + at_s, 3))
+    return Position(timeline, lsn, round(time.time() + at_s, 3))
 
 
 def seen(**positions: Position) -> Seen:
@@ -45,10 +43,11 @@ def test_a_position_on_a_newer_timeline_counts_more_than_any_on_an_older_one():
 
 
 def test_a_write_to_another_shard_of_the_service_is_judged_by_its_time():
-    token = seen(media_0=position(at_s=-1)).token()
+    written = position(at_s=-1)
+    token = seen(media_0=written).token()
     needed = Seen.of_token(token).needed("media.3")
     assert needed[:2] == (0, 0)
-    assert needed.as_of_s == pytest.approx(NOW_S - 1 + CLOCKS_APART_S, abs=0.002)
+    assert needed.as_of_s == pytest.approx(written.at_s + CLOCKS_APART_S, abs=0.002)
     assert Seen.of_token(token).needed("other.3").as_of_s == 0
 
 
@@ -62,6 +61,7 @@ def test_a_position_from_the_future_lives_no_longer_than_one_of_now():
 
 
 def test_a_token_stays_small_and_what_no_longer_fits_is_known_by_its_time():
+    began_s = time.time()
     many = seen(**{f"media_{index}": position(9, at_s=-index) for index in range(30)})
     assert len(many.positions) == ENTRIES_MAX
     assert len(many.token()) < causal.CHARACTERS_MAX
@@ -69,7 +69,7 @@ def test_a_token_stays_small_and_what_no_longer_fits_is_known_by_its_time():
     kept, folded = again.needed("media.0"), again.needed("media.29")
     assert kept.lsn == 9
     assert folded.lsn == 0
-    assert folded.as_of_s > NOW_S - 1  # any shard: as new as the newest write
+    assert folded.as_of_s > began_s - 1  # any shard: as new as the newest write
 
 
 @pytest.mark.parametrize(
