@@ -24,8 +24,10 @@ help: ## say what can be made
 up: $(READY) ## start the whole mesh here; Ctrl-C stops it
 	@exec $(BIN)/tenfold up $(STOPPER) $(ARGS)
 
+# Files go out in the order of their paths, which has the long ones first and tests/unit last;
+# xdist's own order, by the number of tests, ends with one worker that is busy and two that wait.
 test: $(READY) ## run every test; no running service needed
-	@$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY) ## lint, types, import directions, contracts, stale stubs
 	@echo "ruff: lint" && $(BIN)/ruff check --quiet .

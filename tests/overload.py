@@ -9,11 +9,12 @@ import signal
 import sys
 import tempfile
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -292,11 +293,7 @@ class _Changing:
         await asyncio.to_thread(_grow, self._scene.image, self.made + 1)
         if says_so:
             send_signal(self._scene.edge, signal.SIGHUP)
-        in_a_row = 0
-        while in_a_row < IN_A_ROW:  # of the workers any may take a connection
-            async with httpx.AsyncClient(base_url=self._scene.url) as client:
-                is_new = f"note{self.made}" in (await client.get("/v1/look")).json()
-            in_a_row = in_a_row + 1 if is_new else 0
+        await self._until_answers(lambda done: f"note{self.made}" in done)
 
     async def _replace_workers(self) -> None:
         before = set(family(self._scene.edge.pid)[1:])
@@ -313,6 +310,15 @@ class _Changing:
         send_signal(self._server, end)
         await self._server.wait()
         self._server = fresh
+        await self._until_answers(lambda done: done["processId"] == fresh.pid)
+
+    async def _until_answers(self, are_new: Callable[[dict[str, Any]], bool]) -> None:
+        """Wait until all of the edge answers like this: any worker may take a connection."""
+        in_a_row = 0
+        while in_a_row < IN_A_ROW:
+            async with httpx.AsyncClient(base_url=self._scene.url) as client:
+                is_new = are_new((await client.get("/v1/look")).json())
+            in_a_row = in_a_row + 1 if is_new else 0
 
 
 def _grow(image: Path, fields: int) -> None:

@@ -45,8 +45,9 @@ SUMS_MAX = 20_000
 """More would not fit an answer; the caller asks for fewer days."""
 
 POLL_MIN_S, POLL_MAX_S = 0.02, 0.25
-ANSWER_S = 0.2
-"""What is left of the deadline for the refusal to reach the caller."""
+ANSWER_S = 0.5
+"""What is left of the deadline for a last look and the refusal to reach the caller, also where
+both are slow."""
 
 
 class ReportingHandler:

@@ -285,7 +285,7 @@ async def test_an_event_that_does_not_come_by_the_deadline_is_said_to_be_missing
     wanted = Timestamp()
     wanted.FromDatetime(datetime.now(UTC) + timedelta(seconds=30))
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await query(client, ann, min_event_time=wanted, timeout=0.8)
+        await query(client, ann, min_event_time=wanted, timeout=1.2)
     code, reason, _, metadata = refusal_of(refused.value)
     assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NOT_YET_VISIBLE")
     assert metadata["watermark_event_time"].startswith(TODAY)
