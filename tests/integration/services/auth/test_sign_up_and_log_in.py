@@ -168,13 +168,13 @@ async def test_fifty_log_ins_at_once_leave_other_calls_fast(auth_service: Auth) 
     emails = [new_email() for _ in range(50)]
     logins = [asyncio.create_task(_tried(auth_service, email)) for email in emails]
     await asyncio.sleep(0)
-    slowest_s = 0.0
+    slowest_s, began_s = 0.0, time.perf_counter()
     while not all(login.done() for login in logins):
         start_s = time.perf_counter()
         await auth_service.tokens.GetJwks(auth.GetJwksRequest())
         slowest_s = max(slowest_s, time.perf_counter() - start_s)
         await asyncio.sleep(0.01)
-    assert slowest_s < 0.5
+    assert slowest_s < (time.perf_counter() - began_s) / 4  # behind them, it would be nearly all
 
 
 async def _tried(auth_service: Auth, email: str) -> None:
