@@ -16,13 +16,16 @@ BASELINE := tests/contracts/baseline.binpb
 IMAGE := proto/gen/tenfold/contracts.binpb
 STOPPER := --stop-with-parent $$PPID
 
-.PHONY: help up test check stubs lock demo chaos clean baseline
+.PHONY: help up cluster test check stubs lock demo chaos clean baseline
 
 help: ## say what can be made
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 up: $(READY) ## start the whole mesh here; Ctrl-C stops it
 	@exec $(BIN)/tenfold up $(STOPPER) $(ARGS)
+
+cluster: $(READY) ## the same on sharded Postgres; ARGS="--shards 2 --replicas 1"
+	@exec $(BIN)/tenfold up --profile cluster $(STOPPER) $(ARGS)
 
 # Files go out in the order of their paths, which has the long ones first and tests/unit last;
 # xdist's own order, by the number of tests, ends with one worker that is busy and two that wait.

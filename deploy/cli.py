@@ -23,6 +23,7 @@ from shared.config import ConfigError, ProcessConfig, load
 DOWN_TIMEOUT_S = 45.0  # Above the sum of what the launcher gives its children.
 EDGE_SETTING = "TENFOLD_EDGE_LISTEN"
 DATA_SETTING = "TENFOLD_DATA"
+EMBEDDED, CLUSTER = "embedded", "cluster"
 
 app = typer.Typer(
     name="tenfold",
@@ -52,15 +53,37 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 
 @app.command()
 def up(
+    *,
     profile: Annotated[
-        str, typer.Option(help="embedded: everything on this machine, on SQLite.")
-    ] = "embedded",
+        str,
+        typer.Option(
+            help="embedded: few processes, on SQLite. cluster: sharded Postgres with replicas, "
+            "three NATS servers, every service as its own process, payment and the edge twice."
+        ),
+    ] = EMBEDDED,
     data: DataOption = None,
     edge: Annotated[
         str | None,
         typer.Option(
             help="HOST:PORT where REST is served; port 0 picks free ports for everything. "
-            f"Default: {EDGE_SETTING}, else 127.0.0.1:8080."
+            f"Default: {EDGE_SETTING}, else 127.0.0.1:8080. "
+            "A cluster's second edge is one port above."
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=16,
+            help="Of a cluster: Postgres servers. Default: as many as the folder has, else 4.",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=3,
+            help="Of a cluster: replicas of each. Default: as many as the folder has, else 1.",
         ),
     ] = None,
     stop_with_parent: Annotated[int, typer.Option(hidden=True)] = 0,
@@ -76,10 +99,10 @@ def up(
 
     if stop_with_parent:
         die_with(stop_with_parent, signal.SIGTERM)  # make, which may be killed
-    if profile == "cluster":
-        raise LaunchError("The profile 'cluster' comes with the sharded cluster; use 'embedded'.")
-    if profile != "embedded":
-        raise LaunchError(f"There is no profile '{profile}': use 'embedded'.")
+    if profile not in {EMBEDDED, CLUSTER}:
+        raise LaunchError(f"There is no profile '{profile}': use '{EMBEDDED}' or '{CLUSTER}'.")
+    if profile == EMBEDDED and (shards, replicas) != (None, None):
+        raise LaunchError(f"--shards and --replicas are of use only with --profile {CLUSTER}.")
     settings = load_settings()
     require_known(os.environ, settings)
     try:
@@ -93,7 +116,12 @@ def up(
         environ=dict(os.environ),
         settings=settings,
     )
-    run_embedded(launch, open_report())
+    if profile == EMBEDDED:
+        run_embedded(launch, open_report())
+        return
+    from deploy.local.cluster import run_cluster
+
+    run_cluster(launch, open_report(), shards=shards, replicas=replicas)
 
 
 @app.command()
@@ -310,13 +338,15 @@ def _rows_of(state: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _print_status(state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    print(f"edge {state['edge']}\n")
-    print(f"{'process':<10} {'pid':>8}  {'address':<22} {'memory':>8}  restarts  state")
+    print(f"edge {' '.join(state.get('edges') or [state['edge']])}\n")
+    width = max(len(row["name"]) for row in rows) if rows else 0
+    width = max(width, 10)
+    print(f"{'process':<{width}} {'pid':>8}  {'address':<22} {'memory':>8}  restarts  state")
     for row in rows:
         now = "ready" if row["alive"] and row["ready"] else "not ready"
         memory = f"{row['memory_bytes'] / 2**20:.0f} MiB"
         print(
-            f"{row['name']:<10} {row['pid']:>8}  {row['address']:<22} {memory:>8}"
+            f"{row['name']:<{width}} {row['pid']:>8}  {row['address']:<22} {memory:>8}"
             f"  {row['restarts']:>8}  {now}"
         )
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from deploy.local.data_folder import DataFolder
 from deploy.local.errors import LaunchError
 from deploy.settings import load_settings, value_of
 from shared.db.errors import DatabaseRefused
@@ -249,7 +250,8 @@ def _place(service: str, data: Path | None) -> Iterator[Place]:
     variable, settings = f"TENFOLD_{service.upper()}_DATABASE", load_settings()
     if variable not in settings:
         raise LaunchError(f"There is no service '{service}' with shards.")
-    database = value_of(variable, os.environ, settings)
+    root = data or Path(value_of(DATA_SETTING, os.environ, settings))
+    database = value_of(variable, os.environ, settings) or _cluster_databases(root).get(variable)
     if not database:
         with _folder(service, data) as folder:
             yield folder
@@ -264,6 +266,14 @@ def _place(service: str, data: Path | None) -> Iterator[Place]:
         raise LaunchError(f"{variable} is not allowed: {error}.") from error
     with _told_in_a_sentence():
         yield PostgresPlace(servers)
+
+
+def _cluster_databases(root: Path) -> dict[str, str]:
+    """The settings of the cluster that runs in this data folder; empty if none does."""
+    try:
+        return dict(json.loads(DataFolder(root).databases.read_text()))
+    except FileNotFoundError:
+        return {}
 
 
 @contextmanager

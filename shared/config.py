@@ -139,6 +139,10 @@ class ProcessConfig:
         default="nats://127.0.0.1:4222",
         metadata={"help": "one or more NATS servers, comma-separated", "secret": True},
     )
+    nats_replicas: int = field(
+        default=1,
+        metadata={"help": "copies of each stream, 3 on a cluster of NATS", "min": 1, "max": 5},
+    )
     valkey_url: str = field(
         default="redis://127.0.0.1:6379",
         metadata={"help": "the Valkey server", "secret": True},

@@ -82,7 +82,8 @@ async def open_runtime(
     metrics = metrics or Metrics()
     channels = Channels(parse_upstreams(config), signer, metrics=metrics)
     try:
-        async with open_bus(config.nats_url, name=name) as bus:
+        opened = open_bus(config.nats_url, name=name, replicas=config.nats_replicas)
+        async with opened as bus:
             yield Runtime(
                 config=config,
                 environ=environ,

@@ -71,11 +71,13 @@ class Mesh:
         tree: Path = ROOT,
         environ: Mapping[str, str] | None = None,
         edge: str = "127.0.0.1:0",
+        options: Sequence[str] = (),
     ) -> None:
         self.data = data
         self.tree = tree
         self._environ = {**TEST_SETTINGS, **(environ or os.environ)}
         self._edge = edge
+        self._options = options
         self._folder = DataFolder(data)
         self._process: subprocess.Popen[bytes] | None = None
         self._client: httpx.Client | None = None
@@ -115,7 +117,7 @@ class Mesh:
     def begin(self, *, environ: Mapping[str, str] | None = None) -> None:
         """Start the launcher and return at once; `environ` adds to this start alone."""
         command = [sys.executable, "-P", "-m", "deploy.cli", "up"]
-        command += ["--data", str(self.data), "--edge", self._edge]
+        command += ["--data", str(self.data), "--edge", self._edge, *self._options]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -233,6 +235,7 @@ def running_mesh(
     environ: Mapping[str, str] | None = None,
     edge: str = "127.0.0.1:0",
     environ_of_start: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[Mesh]:
     """A ready mesh; nothing of it is left afterwards.
 
@@ -242,8 +245,9 @@ def running_mesh(
         environ: all of its variables; ours by default.
         edge: HOST:PORT; give a port if it must stay the same over restarts.
         environ_of_start: further variables of the first start alone.
+        options: of `tenfold up`, beside these.
     """
-    mesh = Mesh(data, tree=tree, environ=environ, edge=edge)
+    mesh = Mesh(data, tree=tree, environ=environ, edge=edge, options=options)
     try:
         mesh.start(environ=environ_of_start)
         yield mesh

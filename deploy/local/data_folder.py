@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,27 @@ from deploy.local.processes import ProcessMark
 
 LOCK_FILE = "lock"
 STATE_FILE = "state.json"
+SHAPE_FILE = "cluster.json"
 ISSUERS = ("edge", "services")
 SECRET_BYTES = 32
 # A killed launcher's children end with it, but the kernel needs a moment to take them down.
 ORPHANS_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class ClusterShape:
+    """A cluster's size, and what tells it from any other.
+
+    Attributes:
+        name: random. Databases may lie outside of the data folder; those of a cluster whose
+            folder was removed are not taken for this one's.
+        shards: Postgres servers.
+        replicas: of each.
+    """
+
+    name: str
+    shards: int
+    replicas: int
 
 
 class DataFolder:
@@ -36,7 +54,9 @@ class DataFolder:
         self.nats = path / "nats"
         self.valkey = path / "valkey"
         self.mail = path / "mail"
+        self.postgres = path / "postgres"
         self.admin_key = path / "admin.key"
+        self.databases = path / "databases.json"
 
     def read_state(self) -> dict[str, Any]:
         """What the running or last launcher wrote; empty if there was none."""
@@ -53,6 +73,43 @@ class DataFolder:
     def forget_state(self) -> None:
         """Nothing runs any more."""
         (self.path / STATE_FILE).unlink(missing_ok=True)
+
+    def read_cluster(self) -> "ClusterShape | None":
+        """The cluster whose data is here; None if none was made.
+
+        Raises:
+            LaunchError: the file is damaged: to guess would lose sight of data.
+        """
+        path = self.path / SHAPE_FILE
+        try:
+            return ClusterShape(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise LaunchError(f"{path} cannot be read ({error}): restore it.") from error
+
+    def write_cluster(self, shape: "ClusterShape") -> None:
+        """Remember it: the next start must find all of it."""
+        text = json.dumps(asdict(shape)) + "\n"
+        write_private(self.path / SHAPE_FILE, text.encode())
+
+    def require_shape(self, profile: str) -> None:
+        """Refuse to serve beside another profile's data: it would seem to be lost.
+
+        Raises:
+            LaunchError: the folder is the other profile's.
+        """
+        if self.read_cluster():
+            holder = "cluster"
+        elif any(self.path.glob("services/*/shards/*.sqlite")):
+            holder = "embedded"
+        else:
+            return
+        if holder != profile:
+            raise LaunchError(
+                f"The folder {self.path} holds the data of the profile '{holder}': start that, "
+                "or choose another folder with --data or TENFOLD_DATA."
+            )
 
     def make_folders(self) -> None:
         """Create the private folders that children write into."""

@@ -1,10 +1,7 @@
 """The embedded mesh: which programs it is made of, where they listen, and its run."""
 
 import asyncio
-import os
-import signal
-import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +9,10 @@ from typing import Any
 from deploy.local import servers
 from deploy.local.address import Address, free_addresses, require_free
 from deploy.local.data_folder import DataFolder, open_data_folder
-from deploy.local.processes import mark
 from deploy.local.program import Program, accepts, answers_http_ok
 from deploy.local.report import Report
-from deploy.local.supervisor import Child, Supervisor, open_supervisor
+from deploy.local.run import Run
+from deploy.local.supervisor import Supervisor
 from deploy.settings import Setting, value_of
 
 EDGE_SETTING = "TENFOLD_EDGE_LISTEN"
@@ -78,7 +75,7 @@ def choose_addresses(launch: Launch) -> Addresses:
     return Addresses(launch.edge, services, nats, valkey, mail, metrics)
 
 
-class Mesh:
+class Mesh(Run):
     """One run of the embedded mesh.
 
     Args:
@@ -88,66 +85,16 @@ class Mesh:
     """
 
     def __init__(self, launch: Launch, folder: DataFolder, report: Report) -> None:
-        self._folder = folder
-        self._report = report
+        super().__init__(folder, report)
         self._environ = launch.environ
         self._addresses = choose_addresses(launch)
         self._nats_token, self._valkey_token = servers.new_token(), servers.new_token()
-        self._is_ready = False
-        self._started_s = time.monotonic()
 
-    async def run(self) -> None:
-        """Start everything, keep it running until SIGINT or SIGTERM, stop everything.
-
-        Raises:
-            LaunchError: a program refused to start, or died too often.
-        """
-        await self._until_signalled(self._serve)
-        self._report.done()
-        self._report.say("Tenfold has stopped.")
-
-    async def _serve(self, stop_at_once: "asyncio.Future[Supervisor]") -> None:
-        opened = open_supervisor(
-            logs=self._folder.logs, say=self._report.say, changed=self._write_state
-        )
-        async with opened as supervisor:
-            stop_at_once.set_result(supervisor)
-            self._report.step("starting nats-server, valkey-server and the mail sink")
-            await supervisor.start(*self._server_programs())
-            self._report.step("starting the services and the edge")
-            await supervisor.start(*self._own_programs())
-            self._is_ready = True
-            self._write_state(supervisor.children)
-            self._report.done()
-            self._report.say(self._summary())
-            await asyncio.Event().wait()
-
-    async def _until_signalled(
-        self, serve: Callable[["asyncio.Future[Supervisor]"], Coroutine[None, None, None]]
-    ) -> None:
-        # The first signal cancels the run, which stops the children in order; the second
-        # kills them, and the same order then finds nothing left to wait for.
-        loop = asyncio.get_running_loop()
-        supervisor: asyncio.Future[Supervisor] = loop.create_future()
-        running = asyncio.create_task(serve(supervisor))
-        is_stopping = False
-
-        def on_signal() -> None:
-            nonlocal is_stopping
-            if is_stopping and supervisor.done():
-                supervisor.result().kill()
-            elif not is_stopping:
-                is_stopping = True
-                self._report.step("stopping (Ctrl-C again to stop at once)")
-                running.cancel()
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, on_signal)
-        try:
-            await running
-        except asyncio.CancelledError:
-            if not is_stopping:
-                raise
+    async def _start(self, supervisor: Supervisor) -> None:
+        self._report.step("starting nats-server, valkey-server and the mail sink")
+        await supervisor.start(*self._server_programs())
+        self._report.step("starting the services and the edge")
+        await supervisor.start(*self._own_programs())
 
     def _server_programs(self) -> list[Program]:
         folder, addresses, environ = self._folder, self._addresses, self._environ
@@ -210,33 +157,20 @@ class Mesh:
         metrics = self._addresses.metrics
         return {name: f"http://{address}/metrics" for name, address in metrics.items()}
 
-    def _write_state(self, children: Mapping[str, Child]) -> None:
-        launcher = mark(os.getpid())
-        self._folder.write_state(
-            {
-                "launcher": {"pid": launcher.pid, "started": launcher.started},
-                "ready": self._is_ready,
-                "edge": self._edge_url,
-                "metrics": self._metrics_urls,
-                "children": {name: _state_of(child) for name, child in children.items()},
-            }
-        )
+    def _state(self) -> Mapping[str, Any]:
+        return {"edge": self._edge_url, "metrics": self._metrics_urls}
 
-    def _summary(self) -> str:
+    def _summary(self) -> list[str]:
         folder, url = self._folder, self._edge_url
-        return "\n".join(
-            [
-                f"Tenfold is ready, after {time.monotonic() - self._started_s:.1f} s.",
-                f"  edge       {url}",
-                f"  reference  {url}/docs",
-                f"  admin key  {folder.admin_key} (secret: whoever reads it may do everything)",
-                f"  data       {folder.path}",
-                f"  mail       {folder.mail} (every e-mail that is sent lands here)",
-                f"  logs       {folder.logs}",
-                f"  metrics    {', '.join(self._metrics_urls.values())}",
-                "Ctrl-C stops everything.",
-            ]
-        )
+        return [
+            f"  edge       {url}",
+            f"  reference  {url}/docs",
+            f"  admin key  {folder.admin_key} (secret: whoever reads it may do everything)",
+            f"  data       {folder.path}",
+            f"  mail       {folder.mail} (every e-mail that is sent lands here)",
+            f"  logs       {folder.logs}",
+            f"  metrics    {', '.join(self._metrics_urls.values())}",
+        ]
 
 
 def run_embedded(launch: Launch, report: Report) -> None:
@@ -246,19 +180,10 @@ def run_embedded(launch: Launch, report: Report) -> None:
         LaunchError: one sentence why it cannot start or go on.
     """
     with open_data_folder(launch.data) as folder:
+        folder.require_shape("embedded")
         folder.make_keys()
         try:
             asyncio.run(Mesh(launch, folder, report).run())
         finally:
             report.done()
             folder.forget_state()
-
-
-def _state_of(child: Child) -> dict[str, Any]:
-    return {
-        "pid": child.mark.pid if child.mark else 0,
-        "started": child.mark.started if child.mark else 0,
-        "address": str(child.program.address),
-        "ready": child.is_ready,
-        "restarts": child.restarts,
-    }

@@ -4,7 +4,8 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.local import binaries
@@ -17,7 +18,7 @@ NATS_MEMORY = "96MiB"
 NATS_CONFIG = """\
 # Written by the launcher at every start.
 listen: {address}
-server_name: tenfold
+server_name: {name}
 max_payload: 1MB
 authorization {{ token: {token} }}
 jetstream {{
@@ -26,6 +27,14 @@ jetstream {{
   max_file_store: 16GB
   # The default syncs every two minutes: a power cut would lose acknowledged events.
   sync_interval: always
+}}
+"""
+NATS_CLUSTER_CONFIG = """\
+cluster {{
+  name: tenfold
+  listen: {address}
+  authorization {{ user: route, password: {token} }}
+  routes: {routes}
 }}
 """
 VALKEY_CONFIG = """\
@@ -53,11 +62,55 @@ def nats_program(
     folder: Path, address: Address, *, token: str, environ: Mapping[str, str]
 ) -> Program:
     """A JetStream server that keeps its streams in the folder."""
-    config = folder / "nats.conf"
+    text = _nats_config("tenfold", folder, address, token)
+    return _nats("nats", text, folder, address, environ)
+
+
+@dataclass(frozen=True)
+class NatsNode:
+    """One server of a NATS cluster.
+
+    Attributes:
+        name: never changes: the others know its copies of the streams by it.
+        folder: its own.
+        address: where clients reach it.
+        route: where the other nodes do.
+    """
+
+    name: str
+    folder: Path
+    address: Address
+    route: Address
+
+
+def nats_cluster_programs(
+    nodes: Sequence[NatsNode], *, token: str, environ: Mapping[str, str]
+) -> list[Program]:
+    """JetStream servers that hold copies of each other's streams."""
+    routes = json.dumps([f"nats-route://route:{token}@{node.route}" for node in nodes])
+    programs = []
+    for node in nodes:
+        node.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        text = _nats_config(node.name, node.folder, node.address, token)
+        text += NATS_CLUSTER_CONFIG.format(
+            address=json.dumps(str(node.route)), token=json.dumps(token), routes=routes
+        )
+        programs.append(_nats(node.name, text, node.folder, node.address, environ))
+    return programs
+
+
+def _nats_config(name: str, folder: Path, address: Address, token: str) -> str:
     quoted = {"address": json.dumps(str(address)), "store_dir": json.dumps(str(folder))}
-    write_private(config, NATS_CONFIG.format(**quoted, token=json.dumps(token)).encode())
+    return NATS_CONFIG.format(**quoted, name=json.dumps(name), token=json.dumps(token))
+
+
+def _nats(
+    name: str, text: str, folder: Path, address: Address, environ: Mapping[str, str]
+) -> Program:
+    config = folder / "nats.conf"
+    write_private(config, text.encode())
     return Program(
-        name="nats",
+        name=name,
         argv=[str(binaries.nats_server(environ)), "--config", str(config)],
         environment={"GOMEMLIMIT": NATS_MEMORY, **_path(environ)},
         address=address,

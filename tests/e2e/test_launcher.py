@@ -183,11 +183,6 @@ def test_a_missing_server_program_is_one_sentence(tmp_path: Path) -> None:
     assert "There is no program /no/nats-server" in sentence
 
 
-def test_the_cluster_is_not_pretended(tmp_path: Path) -> None:
-    sentence = refused(tenfold("up", "--profile", "cluster", "--data", str(tmp_path / "data")))
-    assert "comes with the sharded cluster" in sentence
-
-
 def test_quotas_of_a_running_mesh_are_shown_and_set_from_its_data_folder(mesh):
     def quota(*words: str) -> str:
         run = tenfold("quota", *words, "--data", str(mesh.data))

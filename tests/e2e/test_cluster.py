@@ -1,0 +1,141 @@
+"""`tenfold up --profile cluster`: the same calls, on sharded Postgres behind two edges."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import httpx
+import pytest
+
+from deploy.local.data_folder import ClusterShape, DataFolder
+from tests.mesh import ROOT, Mesh, poll_until, running_mesh
+
+SIZE = ["--shards", "2", "--replicas", "1"]
+NAMES = {
+    *("auth", "media", "notification", "payment-1", "payment-2", "reporting", "edge-1", "edge-2"),
+    *("nats-1", "nats-2", "nats-3", "valkey", "mail"),
+    *("postgres-0-primary", "postgres-0-replica_1", "postgres-1-primary", "postgres-1-replica_1"),
+}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+    """Two shards with a replica each, the smallest that has all of it."""
+    data = tmp_path_factory.mktemp("cluster") / "data"
+    places: list[str] = []
+    try:
+        with running_mesh(data, options=["--profile", "cluster", *SIZE]) as mesh:
+            places += mesh.state["databases"]
+            yield mesh
+    finally:
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def tenfold(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "deploy.cli", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def databases_of(mesh: Mesh, service: str) -> list[str]:
+    settings = json.loads((mesh.data / "databases.json").read_text())
+    dsns: list[str] = settings[f"TENFOLD_{service.upper()}_DATABASE"].split(",postgresql")
+    return [dsns[0], *(f"postgresql{dsn}" for dsn in dsns[1:])]
+
+
+def test_every_part_is_a_process_of_its_own(cluster: Mesh) -> None:
+    assert set(cluster.state["children"]) == NAMES
+    assert not list((cluster.data / "services").rglob("*.sqlite"))
+
+
+def test_both_edges_are_told_and_know_what_the_other_wrote(cluster: Mesh) -> None:
+    first, second = cluster.state["edges"]
+    token = cluster.sign_up_and_in()
+    answers = [
+        httpx.get(f"{edge}/v1/sessions", headers={"Authorization": f"Bearer {token}"})
+        for edge in (first, second)
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json() == answers[1].json()
+    assert first in cluster.output
+    assert second in cluster.output
+
+
+async def test_the_replicas_follow_every_shard(cluster: Mesh) -> None:
+    for dsn in databases_of(cluster, "auth"):
+        hosts = dsn.rpartition("@")[2].partition("/")[0].split(",")
+        roles = []
+        for host in hosts:
+            one = await asyncpg.connect(dsn.replace(",".join(hosts), host))
+            roles.append(await one.fetchval("SELECT pg_is_in_recovery()"))
+            await one.close()
+        assert roles == [False, True]
+
+
+def test_the_shards_commands_find_the_running_cluster(cluster: Mesh) -> None:
+    told = tenfold("shards", "list", "auth", "--json", "--data", str(cluster.data))
+    assert told.returncode == 0, told.stderr
+    rows = json.loads(told.stdout)
+    assert [row["buckets"] for row in rows] == [2048, 2048]
+    assert tenfold("shards", "verify", "auth", "--data", str(cluster.data)).returncode == 0
+
+
+def test_events_are_kept_on_three_servers(cluster: Mesh) -> None:
+    cluster.sign_up_and_in()
+    kept = [cluster.data / "nats" / f"nats-{number}" for number in (1, 2, 3)]
+
+    def all_have_it() -> bool:
+        return all(list(folder.rglob("streams/EVT_auth*")) for folder in kept)
+
+    poll_until(all_have_it, timeout_s=30, what="a copy of auth's events on each server")
+
+
+def test_a_killed_primary_comes_back_with_what_was_acknowledged(cluster: Mesh) -> None:
+    token = cluster.sign_up_and_in()
+    for shard in (0, 1):
+        cluster.kill(f"postgres-{shard}-primary")
+    cluster.wait_until_ready()
+
+    def is_known() -> bool:
+        found = cluster.get("/v1/sessions", headers={"Authorization": f"Bearer {token}"})
+        return found.status_code == 200
+
+    poll_until(is_known, timeout_s=30, what="the session")
+
+
+def test_a_restart_finds_everything_and_leaves_nothing_behind(cluster: Mesh) -> None:
+    token = cluster.sign_up_and_in()
+    cluster.launcher.send_signal(signal.SIGINT)
+    assert cluster.launcher.wait(60) == 0
+    assert cluster.stop() == 0
+    assert not (cluster.data / "databases.json").exists()
+    cluster.start()
+    found = cluster.get("/v1/sessions", headers={"Authorization": f"Bearer {token}"})
+    assert found.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--profile", "cluster", "--shards", "1"], "--shards is 1, and the cluster in"),
+        (["--profile", "cluster", "--replicas", "0"], "--replicas is 0, and the cluster in"),
+        (["--profile", "embedded"], "holds the data of the profile 'cluster'"),
+        (["--shards", "2"], "of use only with --profile cluster"),
+        (["--profile", "moon"], "There is no profile 'moon'"),
+    ],
+)
+def test_a_start_that_would_lose_sight_of_data_is_refused(
+    tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    (tmp_path / "lock").touch()
+    DataFolder(tmp_path).write_cluster(ClusterShape("x", shards=2, replicas=1))
+    told = tenfold("up", "--data", str(tmp_path), "--edge", "127.0.0.1:0", *arguments)
+    assert told.returncode == 1
+    assert sentence in told.stderr
