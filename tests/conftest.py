@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
@@ -17,11 +15,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from deploy.local import postgres, servers
+from deploy.local import servers
 from deploy.local.address import free_addresses
 from tests.databases import Places, PostgresPlaces, PostgresServer, SqlitePlaces
 from tests.fakes import ManualClock
 from tests.mesh import ROOT, Mesh, running_mesh, running_program
+from tests.postgres import running_postgres
 
 # How long an example takes says how busy the machine is, and nothing of what is tested.
 hypothesis.settings.register_profile(
@@ -68,16 +67,8 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """A real Postgres, shared by the run: each test makes databases of its own in it."""
-    # Not below pytest's own folder, which is closed to the user that Postgres runs as.
-    folder, [address] = Path(tempfile.mkdtemp(prefix="tenfold-postgres-")), free_addresses(1)
-    folder.chmod(0o711)
-    try:
-        site = postgres.open_site(folder, os.environ, is_durable=False)
-        postgres.make_primary(site)
-        with running_program(postgres.postgres_program(site, address), folder):
-            yield PostgresServer(site, address)
-    finally:
-        shutil.rmtree(folder)
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The long fault runs: stories told to a mesh whose processes are killed, hostile input, requests
-made from the OpenAPI document that nobody thought of, and more load than can be served.
+made from the OpenAPI document that nobody thought of, more load than can be served, replicas that
+lag, and movers of buckets that die on the way.
 
     python tests/chaos/run.py --kills 30 --seed 7
 
@@ -17,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deploy.local.address import free_addresses
-from tests.chaos import documented, lagging, overloaded
+from tests.chaos import documented, lagging, moving, overloaded
 from tests.fuzz.run import TARGETS, fuzz, is_installed
 from tests.kills import kill_at_random, told_to, violations
 from tests.mesh import running_mesh
@@ -66,6 +67,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=50, help="for each operation, and wrong")
     parser.add_argument("--overload-s", type=int, default=60, help="seconds of each story")
     parser.add_argument("--reads", type=int, default=10**6, help="of own writes, from replicas")
+    parser.add_argument("--move-rounds", type=int, default=1, help="of a move's every step")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}")
     rows = [run(kills=arguments.kills, seed=arguments.seed)] if arguments.kills else []
@@ -73,6 +75,7 @@ def main() -> int:
     rows += documented.run(examples=arguments.examples) if arguments.examples else []
     rows += overloaded.run(seconds=arguments.overload_s) if arguments.overload_s else []
     rows += lagging.run(reads=arguments.reads) if arguments.reads else []
+    rows += [moving.run(rounds=arguments.move_rounds)] if arguments.move_rounds else []
     print(json.dumps({"chaos": rows}))
     return 1 if any(row["violations"] for row in rows) else 0
 

@@ -10,7 +10,7 @@ import pytest
 
 from deploy.cli import main
 from shared.db.move.place import move_bucket
-from tests.integration.shared.db.move.conftest import BUCKET, Place, add_counters, tools
+from tests.integration.shared.db.move.grounds import BUCKET, Place, add_counters, tools
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A process that lends its imports: each command is a fork that moves, and dies where it is told.
 
-Commands and answers are lines of JSON. {"path", "bucket", "dst", "how", "failpoint"} forks a
-mover and answers {"pid", "end"}: "stopped", "killed", or the name of what its run ended with;
+Commands and answers are lines of JSON. {"ground", "bucket", "dst", "how", "failpoint", "pace"}
+forks a mover and answers {"pid", "end"}: "stopped", "killed", or what its run ended with;
 {"continue": pid} wakes a stopped one up and answers with its end.
 """
 
@@ -11,18 +11,19 @@ import os
 import signal
 import sys
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
+from shared.db.errors import DatabaseRefused
 from shared.db.move.failpoints import FAILPOINT_VARIABLE, armed
 from shared.db.move.mover import Pace, Tools
 from shared.db.move.place import move_bucket, settle_move
-from shared.db.move.port import MoveFailed, MoveLost
+from shared.db.move.port import MoveFailed, MoveLost, MoveRefused
 from shared.db.move.protocol import Phase
-from tests.integration.shared.db.move.conftest import Place
+from tests.integration.shared.db.move.grounds import Ground, ground_of, states_of
 
 PACE = Pace(
-    lease_s=0.3,
-    # Never: a process that is stopped while it renews would keep Control's file locked.
+    lease_s=0.2,
+    # Never: a process that is stopped while it renews would keep Control locked.
     renew_s=3600.0,
     page_rows=300,
     marks_max=300,
@@ -31,41 +32,44 @@ PACE = Pace(
     passes_max=50,
     grace_s=0.0,
 )
-# A write just before the marks are read, so that there is always one to carry over.
-TOUCH = "UPDATE counter SET place = place WHERE place = 0"
-ENDS = ["DONE", "ABORTED", "MoveFailed", "MoveLost", "refused or broken"]
+EXPECTED = (MoveFailed, MoveLost, MoveRefused, DatabaseRefused)
+ENDS = ["DONE", "ABORTED", *(error.__name__ for error in EXPECTED), "broken"]
 
 
-def tools_of(place: Place) -> Tools:
+def tools_of(ground: Ground, command: dict[str, Any]) -> Tools:
+    """A mover's tools; just before marks are read there is a write, so that there always are."""
     visit = armed(os.environ.get(FAILPOINT_VARIABLE, ""))
 
     def touch_and_visit(name: str) -> None:
         if name in {"copied", "precheck"}:
-            for index in (0, 1):
-                if place.states()[index] == "MOVING":
-                    place.rows(index, TOUCH)
+            for index, state in enumerate(states_of(ground, command["bucket"])):
+                if state == "MOVING":
+                    ground.touch(index, command["bucket"])
         visit(name)
 
-    return Tools(pace=PACE, visit=touch_and_visit)
+    return Tools(pace=replace(PACE, **command.get("pace", {})), visit=touch_and_visit)
 
 
-async def run(command: dict) -> Phase:
-    place = Place(Path(command["path"]))
-    tools, folder = tools_of(place), place.folder
+async def run(command: dict[str, Any]) -> Phase:
+    """What a command asks for."""
+    ground = ground_of(command["ground"])
+    tools, place = tools_of(ground, command), ground.moves
     if command["how"] == "settle":
-        [move] = await folder.control.list_moves(is_open=True)
-        return await settle_move(folder, move, tools, preference="abort", is_forced=True)
+        for move in await place.control.list_moves(is_open=True):
+            return await settle_move(place, move, tools, preference="abort", is_forced=True)
+        raise MoveRefused("it has been settled")
     if command["how"] == "fail":
         # Its precheck finds too much waiting: it aborts by itself.
-        tools = replace(tools, pace=replace(PACE, unsent_max=-1))
-    return await move_bucket(folder, command["bucket"], command["dst"], tools)
+        tools = replace(tools, pace=replace(tools.pace, unsent_max=-1))
+    return await move_bucket(place, command["bucket"], command["dst"], tools)
 
 
-def child(command: dict) -> str:
+def child(command: dict[str, Any]) -> str:
+    """How a mover ends, if it does."""
     os.environ[FAILPOINT_VARIABLE] = command["failpoint"]
     try:
         return str(asyncio.run(run(command)))
-    except (MoveFailed, MoveLost) as error:
+    except EXPECTED as error:
         return type(error).__name__
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
@@ -73,6 +77,7 @@ def child(command: dict) -> str:
 
 
 def end_of(pid: int) -> str:
+    """How a process has ended, or that it is stopped; waits for either."""
     _, status = os.waitpid(pid, os.WUNTRACED)
     if os.WIFSTOPPED(status):
         return "stopped"
@@ -82,6 +87,7 @@ def end_of(pid: int) -> str:
 
 
 def main() -> None:
+    """Answer every command until the input ends."""
     stopped: set[int] = set()
     for line in sys.stdin:
         command = json.loads(line)

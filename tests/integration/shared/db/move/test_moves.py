@@ -2,7 +2,6 @@
 
 import asyncio
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -15,13 +14,14 @@ from shared.db.move.port import MoveFailed, MoveLost, MoveRefused
 from shared.db.move.protocol import Phase
 from shared.db.port import Once, OutboxRow
 from shared.identity import Principal, PrincipalKind
-from tests.integration.shared.db.move.conftest import (
+from tests.integration.shared.db.move.grounds import (
     ADD_ONE,
     BUCKET,
     NEIGHBOUR,
     add_counter,
     add_counters,
     add_note,
+    meanwhile,
     tools,
 )
 
@@ -48,12 +48,6 @@ class Killed(BaseException):
 
 def die() -> None:
     raise Killed
-
-
-def meanwhile(work) -> None:
-    """Run a coroutine function to its end, as another process would; this one stands still."""
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(lambda: asyncio.run(work())).result()
 
 
 async def test_a_move_carries_every_table_and_leaves_a_signpost(place, shards):

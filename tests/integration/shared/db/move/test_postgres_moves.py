@@ -5,102 +5,34 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from uuid import UUID
 
-import asyncpg
 import pytest
 
-from shared.clock import SystemClock
 from shared.db.move.place import move_bucket, settle_left, settle_move
 from shared.db.move.port import MoveFailed, MoveLost, MoveRefused
 from shared.db.move.postgres_place import PostgresPlace
 from shared.db.move.protocol import Phase
 from shared.db.port import OutboxRow, Shards
-from shared.db.postgres import open_postgres_shards
 from shared.db.postgres_shards import parse_servers
 from shared.errors import TenfoldError
 from tests.fakes import ManualClock
-from tests.integration.shared.db.move.conftest import (
+from tests.integration.shared.db.move.arena import ROOT
+from tests.integration.shared.db.move.grounds import (
     ADD_ONE,
     BUCKET,
-    MIGRATIONS,
-    SECRET,
-    TABLES,
     add_counter,
     add_counters,
     add_note,
+    meanwhile,
     tools,
 )
-from tests.integration.shared.db.move.test_kills import ROOT
-from tests.integration.shared.db.move.test_moves import Killed, die, during, meanwhile
+from tests.integration.shared.db.move.test_moves import Killed, die, during
 
 # What differs from SQLite is how a step is done; the kills at every step are told there.
 CRITICAL = ("copy.apply", "catch.apply", "fence", "drain.apply", "commit", "src_moved", "done")
-ENTER = f"SELECT tenfold_enter(ARRAY[{BUCKET}])"
-
-
-@dataclass
-class Databases:
-    """Two shards, and what an operator sees in them."""
-
-    service: str
-    operator: list[str]
-
-    @asynccontextmanager
-    async def open(self) -> AsyncIterator[Shards]:
-        async with open_postgres_shards(
-            parse_servers(self.service, service="counters"),
-            migrations=MIGRATIONS,
-            secret=SECRET,
-            clock=SystemClock(),
-            service="counters",
-        ) as shards:
-            yield shards
-
-    @property
-    def place(self) -> PostgresPlace:
-        return PostgresPlace(parse_servers(",".join(self.operator), service="counters"))
-
-    async def rows(self, shard_index: int, sql: str, *, prefix: str = "") -> list[tuple]:
-        connection = await asyncpg.connect(self.operator[shard_index])
-        try:
-            async with connection.transaction():
-                if prefix:
-                    await connection.execute(prefix)
-                return [tuple(row) for row in await connection.fetch(sql)]
-        finally:
-            await connection.close()
-
-    async def states(self) -> list[str]:
-        sql = f"SELECT state FROM tenfold_bucket WHERE bucket = {BUCKET}"
-        return [((await self.rows(index, sql)) or [("ABSENT",)])[0][0] for index in (0, 1)]
-
-    async def contents(self, shard_index: int) -> dict[str, list[tuple]]:
-        found = {}
-        for table in TABLES:
-            columns = await self.rows(
-                shard_index,
-                "SELECT attname FROM pg_attribute WHERE attnum > 0 AND attname <> 'seq' "
-                f"AND attrelid = '{table}'::regclass ORDER BY attnum",
-            )
-            listed = ", ".join(column for (column,) in columns)
-            sql = f"SELECT {listed} FROM {table} WHERE bucket = {BUCKET} ORDER BY {listed}"
-            found[table] = await self.rows(shard_index, sql)
-        return found
-
-    async def write(self, sql: str) -> None:
-        await self.rows(0, sql, prefix=ENTER)
-
-
-@pytest.fixture
-async def databases(postgres_server) -> AsyncIterator[Databases]:
-    async with postgres_server.shards(2, migrations=MIGRATIONS, service="counters") as service:
-        site, address = postgres_server.site, postgres_server.address
-        names = [dsn.rpartition("/")[2] for dsn in service.split(",")]
-        yield Databases(service, [site.admin_dsn(address, name) for name in names])
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from shared.db.move.protocol import Phase
 from shared.db.port import Shards
 from shared.db.scatter import scatter
 from shared.errors import Unavailable
-from tests.integration.shared.db.move.conftest import BUCKET, NEIGHBOUR, add_counters, tools
-from tests.integration.shared.db.move.test_postgres_moves import databases  # noqa: F401 - a fixture
+from tests.integration.shared.db.move.grounds import BUCKET, NEIGHBOUR, add_counters, tools
 
 COUNT = "SELECT count(*) AS n FROM counter WHERE tenant = 'default' AND tenfold_owned(bucket)"
 MOVES, ROWS = 6, 40
@@ -48,7 +47,7 @@ async def test_every_row_is_counted_once_on_sqlite(place, shards):
     assert set(counted) == {2 * ROWS}
 
 
-async def test_every_row_is_counted_once_on_postgres(databases):  # noqa: F811 - the fixture
+async def test_every_row_is_counted_once_on_postgres(databases):
     async with databases.open() as shards:
         counted = await counted_while(shards, to_and_fro(databases.place))
     assert len(counted) >= MOVES
