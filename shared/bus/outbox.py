@@ -342,11 +342,20 @@ class _ShardRelay:
     async def run_sweep(self) -> None:
         """Remove what nobody needs any more, until cancelled."""
         while True:
+            await self._until_repaired()
             try:
                 await self._sweep()
             except TenfoldError as error:
                 _log.warning("relay.sweep", shard=self._shard.index, error=str(error))
             await asyncio.sleep(SWEEP_S)
+
+    async def _until_repaired(self) -> None:
+        """Sent rows are what the broker is repaired from: none goes while it may lack some.
+
+        However old they are: the mesh, or the broker, may have been down for a day.
+        """
+        while self._repaired_epoch != await self._streams.wait_ready():  # noqa: ASYNC110
+            await asyncio.sleep(POLL_MAX_S)
 
     async def _sweep(self) -> None:
         now_us = to_us(self._clock.now())

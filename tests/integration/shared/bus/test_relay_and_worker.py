@@ -1,6 +1,7 @@
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -10,6 +11,7 @@ from shared.bus.outbox import run_relay
 from shared.bus.worker import redrive, run_subscription
 from shared.clock import SystemClock
 from shared.db.port import OutboxRow
+from tests.fakes import ManualClock
 from tests.integration.shared.bus.ledger import (
     MIGRATIONS,
     applied,
@@ -216,6 +218,30 @@ async def test_a_wiped_server_is_filled_again_from_the_outbox(source, sink, nats
                 return await applied(sink) == references(20)
 
             await eventually(all_applied, timeout_s=30)
+
+
+async def test_a_server_that_lost_all_while_the_relay_was_down_for_an_hour_is_filled_again(
+    source, sink, nats, bus, eventually
+):
+    """Rows that are due to be forgotten are still what the broker is repaired from."""
+    async with running(relay(source, bus)):
+        await emit_many(source, 20)
+
+        async def all_marked():
+            return await unsent(source) == 0
+
+        await eventually(all_marked)
+    nats.kill()
+    nats.wipe()
+    await nats.start()
+    later = ManualClock(datetime.now(UTC) + timedelta(hours=1))
+    repairing = run_relay(source, bus, service="payment", clock=later)
+    async with running(repairing, worker(bus, sink)):
+
+        async def all_applied():
+            return await applied(sink) == references(20)
+
+        await eventually(all_applied)
 
 
 async def test_the_same_event_published_twice_is_applied_once(source, sink, bus, eventually):
