@@ -465,7 +465,8 @@ class PostgresBucket:
             try:
                 return await shard.fetch_owned(self.number, sql, *arguments)
             except BucketElsewhere as elsewhere:
-                await following.step(elsewhere)
+                if self.shards.shard_of(self.number) is shard:  # else another call has found it
+                    await following.step(elsewhere)
 
     def transaction(
         self, once: Once | None = None, *, also: Collection[int] = ()
@@ -598,7 +599,8 @@ class BucketTurn:
             try:
                 return await self._turn.__aenter__()
             except BucketElsewhere as elsewhere:
-                await following.step(elsewhere)
+                if bucket.shards.shard_of(bucket.number) is shard:  # else another call has found it
+                    await following.step(elsewhere)
             except Aborted as error:
                 if self._key is None:
                     raise

@@ -49,8 +49,12 @@ async def move_bucket(place: Place, bucket: int, dst: int, tools: Tools) -> Phas
     src = await owner_of(place, bucket)
     if src == dst:
         raise MoveRefused(f"bucket {bucket} is on shard {dst} already")
-    async with place.side(src, bucket) as source, place.side(dst, bucket) as destination:
-        mover = await begin_move(place.control, source, destination, bucket, tools)
+    async with (
+        place.side(src, bucket) as source,
+        place.side(dst, bucket) as destination,
+        place.control.kept() as control,
+    ):
+        mover = await begin_move(control, source, destination, bucket, tools)
         return await mover.run()
 
 
@@ -61,9 +65,10 @@ async def settle_move(
     async with (
         place.side(move.src, move.bucket) as source,
         place.side(move.dst, move.bucket) as destination,
+        place.control.kept() as control,
     ):
         mover = await take_over(
-            place.control,
+            control,
             source,
             destination,
             move,

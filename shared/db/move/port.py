@@ -1,8 +1,9 @@
 """What a move needs of Control and of a shard; SQLite and Postgres each implement it."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 from uuid import UUID
 
 from shared.db.move.protocol import NOBODY, Change, Decision, Phase, State, Token
@@ -108,6 +109,10 @@ class Batch:
 
 class Control(Protocol):
     """The small database that holds the map, and each move's one decision."""
+
+    def kept(self) -> AbstractAsyncContextManager[Self]:
+        """The same, ready to answer at once: a fenced bucket waits for it."""
+        ...
 
     async def list_moves(self, *, is_open: bool) -> Sequence[Move]:
         """Moves, the newest first; the unfinished alone if `is_open`."""

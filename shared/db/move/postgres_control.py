@@ -1,8 +1,8 @@
 """Control of a service on Postgres: the schema tenfold_control of its first shard."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -61,6 +61,19 @@ class PostgresControl:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._raw: Any = None
+        self._is_kept = False
+        self._one_at_a_time = asyncio.Lock()  # the lease is renewed beside the work
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator["PostgresControl"]:
+        """See Control.kept. One connection, opened anew after a failure."""
+        kept = PostgresControl(self._server)
+        kept._is_kept = True
+        try:
+            yield kept
+        finally:
+            await kept._close()
 
     async def list_moves(self, *, is_open: bool) -> Sequence[Move]:
         """See Control.list_moves."""
@@ -144,16 +157,11 @@ class PostgresControl:
         ]
 
     async def _run(self, work: Callable[[Any], Awaitable[T]]) -> T:
-        """One transaction on a connection of its own: the lease is renewed beside the work."""
+        """One transaction."""
         try:
-            raw = await connect_to_primary(self._server)
-            try:
-                async with raw.transaction():
-                    await raw.execute("SET LOCAL synchronous_commit = 'remote_apply'")
-                    return await work(raw)
-            finally:
-                with suppress(*ERRORS):
-                    await asyncio.shield(raw.close(timeout=CLOSE_S_MAX))
+            async with self._connected() as raw, raw.transaction():
+                await raw.execute("SET LOCAL synchronous_commit = 'remote_apply'")
+                return await work(raw)
         except asyncpg.UniqueViolationError:
             raise
         except asyncpg.UndefinedTableError as error:
@@ -162,6 +170,25 @@ class PostgresControl:
             ) from error
         except ERRORS as error:
             raise MoveFailed(f"{self._server.name} cannot be used now: {error}") from error
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Any]:
+        async with self._one_at_a_time:
+            if self._raw is None or self._raw.is_closed():
+                self._raw = await connect_to_primary(self._server)
+            try:
+                yield self._raw
+            except BaseException:
+                self._raw.terminate()  # what it is in the middle of is not known here
+                raise
+            finally:
+                if not self._is_kept:
+                    await self._close()
+
+    async def _close(self) -> None:
+        if self._raw is not None:
+            with suppress(*ERRORS):
+                await asyncio.shield(self._raw.close(timeout=CLOSE_S_MAX))
 
 
 async def _decide(raw: Any, move: Move, decision: Decision, reason: str) -> bool:  # noqa: ANN401

@@ -35,7 +35,7 @@ BUCKET, NEIGHBOUR = 5, 6
 """Both begin on shard 0 of two."""
 
 # The moves of tests are small and their machine is busy: no lease runs out, no pass is too slow.
-PACE = Pace(page_rows=7, marks_max=7, backlog_max=50, pass_s_max=60.0, grace_s=0.0)
+PACE = Pace(page_rows=7, marks_max=7, backlog_max=50, pass_s_max=60.0, grace_s=0.0, rest_share=0)
 
 INSERT_COUNTER = """
 INSERT INTO counter (bucket, id, tenant, owner, value, place) VALUES ($1, $2, 'default', $2, 0, $3)

@@ -31,6 +31,7 @@ PACE = Pace(
     pass_s_max=60.0,
     passes_max=50,
     grace_s=0.0,
+    rest_share=0.0,
 )
 EXPECTED = (MoveFailed, MoveLost, MoveRefused, DatabaseRefused)
 ENDS = ["DONE", "ABORTED", *(error.__name__ for error in EXPECTED), "broken"]

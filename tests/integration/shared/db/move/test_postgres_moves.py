@@ -172,6 +172,53 @@ async def test_a_mover_that_was_replaced_changes_nothing_any_more(databases, sha
     assert not any((await databases.contents(1)).values())
 
 
+def at(**works):
+    """Tools that do something after each of these steps; dots in their names are underscores."""
+    visits = [during(step.replace("_", "."), work).visit for step, work in works.items()]
+    return tools(visit=lambda name: [visit(name) for visit in visits])
+
+
+DAMAGE = "SET session_replication_role = replica; DELETE FROM counter WHERE place = 0"
+
+
+async def test_a_row_that_differs_under_the_fence_aborts_the_move(databases, shards):
+    """What was compared before, and written since, is compared again."""
+    await add_counters(shards, 3)
+    working = at(
+        precheck=partial(databases.touch, 0, BUCKET),
+        drain_ack=partial(meanwhile, databases.rows, 1, "SELECT 1", prefix=DAMAGE),
+    )
+    with pytest.raises(MoveFailed, match="counter differs"):
+        await move_bucket(databases.place, BUCKET, 1, working)
+    assert await databases.states() == ["ACTIVE", "ABORTED"]
+
+
+async def test_who_goes_on_under_anothers_fence_counts_what_it_did_not_compare(databases, shards):
+    await add_counters(shards, 3)
+    with pytest.raises(Killed):
+        await move_bucket(databases.place, BUCKET, 1, during("fence2", die))
+    await databases.rows(1, "SELECT 1", prefix=DAMAGE)
+    [move] = await databases.place.control.list_moves(is_open=True)
+    with pytest.raises(MoveFailed, match="counter differs"):
+        await settle_move(databases.place, move, tools(), preference="go on", is_forced=True)
+    assert await databases.states() == ["ACTIVE", "ABORTED"]
+
+
+END_ALL = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+)
+
+
+async def test_a_decided_move_goes_on_when_every_connection_was_lost(databases, shards):
+    [counter_id] = await add_counters(shards, 1)
+    cut = partial(meanwhile, databases.rows, 0, END_ALL)
+    assert await move_bucket(databases.place, BUCKET, 1, at(commit=cut)) is Phase.DONE
+    assert await databases.states() == ["MOVED", "ACTIVE"]
+    async with shards.bucket(BUCKET).transaction() as tx:
+        assert await tx.execute(ADD_ONE, BUCKET, counter_id) == 1
+
+
 async def test_a_writer_that_stays_in_its_transaction_delays_the_move_and_loses_nothing(
     databases, shards
 ):
@@ -205,6 +252,7 @@ async def test_a_value_that_another_bucket_has_aborts_the_move(databases, shards
     with pytest.raises(MoveFailed, match="another bucket has this value already"):
         await move_bucket(databases.place, BUCKET, 1, tools())
     assert await databases.states() == ["ACTIVE", "ABORTED"]
+    await databases.rows(1, "SELECT 1", prefix="DROP INDEX x")
 
 
 async def test_the_operator_moves_buckets_by_the_same_command(databases, shards, tmp_path):
