@@ -1,4 +1,4 @@
-"""The operator's commands: tenfold up, status, down, config, demo, edge, quota, shards."""
+"""The operator's commands: up, status, down, backup, restore, config, demo, edge, quota, shards."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy.backup_commands import backup_command, restore_command
 from deploy.local.address import Address
 from deploy.local.child import die_with
 from deploy.local.data_folder import DataFolder, children_of, launcher_of
@@ -160,6 +161,10 @@ def down(data: DataOption = None) -> None:
             os.kill(launcher.pid, signal.SIGKILL)  # Its children end with it.
         time.sleep(0.05)
     print("Tenfold has stopped.")
+
+
+app.command(name="backup")(backup_command)
+app.command(name="restore")(restore_command)
 
 
 @app.command()

@@ -17,6 +17,8 @@ from deploy.local.processes import ProcessMark
 LOCK_FILE = "lock"
 STATE_FILE = "state.json"
 SHAPE_FILE = "cluster.json"
+# In a folder that `tenfold restore` has not finished; it writes LOCK_FILE last.
+UNFINISHED_FILE = ".restoring"
 ISSUERS = ("edge", "services")
 SECRET_BYTES = 32
 # A killed launcher's children end with it, but the kernel needs a moment to take them down.
@@ -172,6 +174,11 @@ def write_private(path: Path, content: bytes) -> None:
 def _open_lock(path: Path) -> int:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (path / UNFINISHED_FILE).exists():
+            raise LaunchError(
+                f"A restore to {path} has not ended: wait for it, or remove the folder and "
+                "restore again."
+            )
         if not (path / LOCK_FILE).exists() and any(path.iterdir()):
             # Somebody's home, perhaps: we would close it to others and fill it with files.
             raise LaunchError(

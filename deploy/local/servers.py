@@ -11,6 +11,7 @@ from pathlib import Path
 from deploy.local import binaries
 from deploy.local.address import Address
 from deploy.local.data_folder import write_private
+from deploy.local.errors import LaunchError
 from deploy.local.program import Program, answers
 
 # Everything a laptop needs; a cluster sets its own.
@@ -122,6 +123,21 @@ def _nats(
 def nats_url(address: Address, token: str) -> str:
     """How a client reaches nats_program."""
     return f"nats://{token}@{address}"
+
+
+def nats_url_of(folder: Path) -> str:
+    """How a client reaches the server that was started last on this folder, from its config.
+
+    Raises:
+        LaunchError: none ever was.
+    """
+    try:
+        text = (folder / "nats.conf").read_text()
+        listen = json.loads(text.partition("\nlisten: ")[2].partition("\n")[0])
+        token = json.loads(text.partition("{ token: ")[2].partition(" }")[0])
+    except (OSError, ValueError) as error:
+        raise LaunchError(f"No NATS server was ever started in {folder}.") from error
+    return nats_url(Address.parse(listen, setting="nats.conf"), token)
 
 
 def valkey_program(
