@@ -57,11 +57,11 @@ class Told:
             raise AssertionError(f"{self.failures[0]!r}\n{tail}\n{self.mesh.output[-2000:]}")
 
 
-def told_to(mesh: Mesh) -> Told:
+def told_to(mesh: Mesh, *, video_s: int = VIDEO_S) -> Told:
     """A story about to be told to this mesh, by a client that repeats what is not answered."""
     narration = io.StringIO()
     rest = Rest(mesh.edge_url, Narrator(Console(file=narration)), patience_s=PATIENCE_S)
-    story = Story(rest, admin_key=mesh.admin_key, mail_folder=mesh.data / "mail", video_s=VIDEO_S)
+    story = Story(rest, admin_key=mesh.admin_key, mail_folder=mesh.data / "mail", video_s=video_s)
     return Told(mesh, story, narration)
 
 

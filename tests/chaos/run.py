@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deploy.local.address import free_addresses
-from tests.chaos import documented, lagging, moving, overloaded
+from tests.chaos import documented, lagging, moving, overloaded, restoring
 from tests.fuzz.run import TARGETS, fuzz, is_installed
 from tests.kills import kill_at_random, told_to, violations
 from tests.mesh import running_mesh
@@ -68,6 +68,7 @@ def main() -> int:
     parser.add_argument("--overload-s", type=int, default=60, help="seconds of each story")
     parser.add_argument("--reads", type=int, default=10**6, help="of own writes, from replicas")
     parser.add_argument("--move-rounds", type=int, default=1, help="of a move's every step")
+    parser.add_argument("--backups", type=int, default=10, help="taken in use, and restored")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}")
     rows = [run(kills=arguments.kills, seed=arguments.seed)] if arguments.kills else []
@@ -76,6 +77,9 @@ def main() -> int:
     rows += overloaded.run(seconds=arguments.overload_s) if arguments.overload_s else []
     rows += lagging.run(reads=arguments.reads) if arguments.reads else []
     rows += [moving.run(rounds=arguments.move_rounds)] if arguments.move_rounds else []
+    rows += (
+        [restoring.run(rounds=arguments.backups, seed=arguments.seed)] if arguments.backups else []
+    )
     print(json.dumps({"chaos": rows}))
     return 1 if any(row["violations"] for row in rows) else 0
 
