@@ -62,6 +62,7 @@ from shared.db.postgres_connection import (
     ShardUnreachable,
     translate,
 )
+from shared.db.postgres_gate import Gate
 from shared.db.postgres_pool import Pool
 from shared.db.postgres_primary import Primary
 from shared.db.postgres_replicas import Host, LagGuard, LogEnd, Replicas
@@ -760,14 +761,15 @@ async def open_postgres_shards(
     prepared = await prepare(Plan(servers, service, migrations, owned_by_first))
     on_outbox = asyncio.Event()
     tenants = TenantCheck(prepared.tenant_tables)
+    gates = [Gate(servers, index) for index, _ in enumerate(servers)]
     shards = [
         PostgresShard(
             index=index,
             primary=primary,
             service=service,
             clock=clock,
-            writers=Pool(primary, tenants, WRITERS_MAX),
-            readers=Pool(primary, tenants, READERS_MAX),
+            writers=Pool(primary, tenants, WRITERS_MAX, gates[index].enter),
+            readers=Pool(primary, tenants, READERS_MAX, gates[index].enter),
             on_outbox=on_outbox,
             replicas=_replicas(f"{service}.{index}", primary.server, tenants, lag_guard),
         )

@@ -51,6 +51,10 @@ class ShardUnreachable(Unavailable):
     """Nobody takes connections at the shard's primary; nothing has been asked."""
 
 
+class BehindGate(ShardUnreachable):
+    """The shard's primary was promoted, and has not been compared with Control since."""
+
+
 @dataclass(frozen=True)
 class Server:
     """Where a shard is.
@@ -176,7 +180,8 @@ class Connection:
 TIMELINE = "('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::bigint"
 _WHO = f"""
 SELECT pid, backend_start AS started,
-       CASE WHEN pg_is_in_recovery() THEN 0 ELSE {TIMELINE} END AS timeline
+       CASE WHEN pg_is_in_recovery() THEN 0 ELSE {TIMELINE} END AS timeline,
+       (SELECT timeline FROM tenfold_shard) AS admitted
 FROM pg_stat_activity WHERE pid = pg_backend_pid()
 """  # noqa: S608 - an expression of ours
 
@@ -194,6 +199,7 @@ async def open_connection(
 
     Raises:
         ShardUnreachable: nobody answers there, or it refuses us; the sentence names the shard.
+        BehindGate: it is a primary that may not be used yet.
     """
     try:
         raw = await connect(server)
@@ -203,11 +209,20 @@ async def open_connection(
                 raise Unavailable(
                     f"{server.name} has no primary there", retry_after_s=RETRY_AFTER_S
                 )
+            if timeline_min is not None and row["admitted"] != row["timeline"]:
+                raise behind_gate(server)
     except ERRORS as error:
         raise ShardUnreachable(
             f"{server.name} cannot be reached", retry_after_s=RETRY_AFTER_S
         ) from error
     return Connection(raw, tenants, Backend(row["pid"], row["started"]))
+
+
+def behind_gate(server: Server) -> BehindGate:
+    """What a caller is told until the shard has been compared with Control."""
+    return BehindGate(
+        f"{server.name} has a new primary, which is not in use yet", retry_after_s=RETRY_AFTER_S
+    )
 
 
 @contextmanager

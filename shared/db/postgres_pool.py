@@ -7,14 +7,20 @@ that comes back. Ours has nothing to reset: all that we set ends with its transa
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from shared import deadline
 from shared.db.limits import CLOSE_S_MAX, RETRY_AFTER_S
-from shared.db.postgres_connection import Connection, Server, ShardUnreachable, open_connection
+from shared.db.postgres_connection import (
+    BehindGate,
+    Connection,
+    Server,
+    ShardUnreachable,
+    open_connection,
+)
 from shared.db.tenancy import TenantCheck
 from shared.errors import DeadlineExceeded, Overloaded, Unavailable
 
@@ -49,11 +55,13 @@ class Pool:
         target: says where to.
         tenants: checks each statement.
         size_max: open at once.
+        gate: lets us into a primary that has been promoted, or raises why not now.
     """
 
     target: Target
     tenants: TenantCheck
     size_max: int
+    gate: Callable[[], Awaitable[None]] | None = None
     _idle: list[Connection] = field(default_factory=list)
     _lent: set[Connection] = field(default_factory=set)
     _opening: "set[asyncio.Task[Connection]]" = field(default_factory=set)
@@ -142,10 +150,7 @@ class Pool:
             name = self.target.server.name
             raise ShardUnreachable(f"{name} cannot be reached", retry_after_s=RETRY_AFTER_S)
         # A task of its own: asyncpg leaves things behind when it is cancelled while connecting.
-        target = self.target
-        opening = asyncio.create_task(
-            open_connection(target.server, self.tenants, timeline_min=target.timeline)
-        )
+        opening = asyncio.create_task(self._open())
         self._opening.add(opening)
         limit = asyncio.timeout(deadline.remaining_s())
         try:
@@ -159,6 +164,16 @@ class Pool:
         self._opening.discard(opening)
         connection.dies_at_s = _end_of_life_s()
         return connection
+
+    async def _open(self) -> Connection:
+        target = self.target
+        try:
+            return await open_connection(target.server, self.tenants, timeline_min=target.timeline)
+        except BehindGate:
+            if self.gate is None:
+                raise
+        await self.gate()
+        return await open_connection(target.server, self.tenants, timeline_min=target.timeline)
 
     def _adopt(self, opening: "asyncio.Task[Connection]") -> None:
         """Keep what was opened for a caller that has left; it is the next one's."""

@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import asyncpg
+
 from shared.db.errors import DatabaseRefused
 from shared.db.postgres_connection import ERRORS, TIMELINE, Server, connect
 
@@ -20,6 +22,12 @@ ANSWER_FRESH_S = 0.1
 # A replica is on no timeline of its own.
 NO_PRIMARY = 0
 _ASK = f"SELECT CASE WHEN pg_is_in_recovery() THEN {NO_PRIMARY} ELSE {TIMELINE} END"
+
+_HAS_RECEIVED = """
+SELECT pg_is_in_recovery() AND pg_last_wal_receive_lsn() >= $2::text::pg_lsn
+    AND timeline = $1::bigint FROM tenfold_shard
+"""
+_IS_BEHIND_GATE = f"SELECT timeline <> {TIMELINE} FROM tenfold_shard"  # noqa: S608
 
 
 @dataclass
@@ -71,13 +79,32 @@ async def connect_to_primary(server: Server) -> Any:  # noqa: ANN401 - asyncpg i
         raise DatabaseRefused(f"{server} cannot be reached: {error}") from error
 
 
+async def is_behind_gate(raw: Any) -> bool:  # noqa: ANN401 - asyncpg is untyped
+    """Whether this primary was promoted and must not be used yet; see postgres_gate."""
+    try:
+        return bool(await raw.fetchval(_IS_BEHIND_GATE))
+    except asyncpg.UndefinedTableError:
+        return False  # a new database
+
+
 async def timeline_of(server: Server) -> int:
     """The timeline of a host that takes writes; NO_PRIMARY for any other."""
+    told = await _answer(server, _ASK)
+    return told if isinstance(told, int) else NO_PRIMARY
+
+
+async def has_received(server: Server, timeline: int, lsn: str) -> bool:
+    """Whether a host is a replica that has written the primary's log to its disk so far."""
+    return bool(await _answer(server, _HAS_RECEIVED, timeline, lsn))
+
+
+async def _answer(server: Server, sql: str, *arguments: object) -> object:
+    """What a host says within a second; None from one that does not answer."""
     with suppress(*ERRORS):
         async with asyncio.timeout(ASK_S_MAX):
             raw = await connect(server)
             try:
-                return int(await raw.fetchval(_ASK))
+                return await raw.fetchval(sql, *arguments)
             finally:
                 raw.terminate()
-    return NO_PRIMARY
+    return None

@@ -7,9 +7,9 @@ no replica look old. One that is older than the lag guard allows does not answer
 has read for a while, nobody watches.
 
 Which call may be answered, and what a replica must have for it: see shared/causal.py. A replica
-tells its timeline by the row of tenfold_shard, so one that still follows a primary of the past is
-never taken for a new one. Nothing writes that row when one is promoted: from then on the primary
-answers all.
+tells its timeline by the row of tenfold_shard, which a promotion writes last (postgres_gate.py), so
+one that still follows a primary of the past is never taken for a new one. A token of an older
+timeline sends its reader to the primary.
 """
 
 import asyncio

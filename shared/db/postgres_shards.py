@@ -18,8 +18,9 @@ from shared.db.limits import CLOSE_S_MAX
 from shared.db.migrate import FRAMEWORK_MIGRATIONS, Migration, load_migrations, tables_made_by
 from shared.db.move.postgres_control import MOVE_TABLE
 from shared.db.postgres_connection import ERRORS, TIMELINE, Server, connect
+from shared.db.postgres_gate import pass_gate
 from shared.db.postgres_migrate import migrate_postgres, own_tables
-from shared.db.postgres_primary import Primary
+from shared.db.postgres_primary import Primary, is_behind_gate
 from shared.db.shards import SHARD_COUNT_MAX, BucketMap, CoverageBroken
 from shared.db.sql import OWNED_STATES
 
@@ -194,19 +195,24 @@ async def _migrate_all(
 ) -> None:
     """Every shard, even if one fails: the others are then at the newest schema, each whole."""
 
-    async def migrate(server: Server, connection: Any) -> str:  # noqa: ANN401
+    async def migrate(index: int, server: Server, connection: Any) -> str:  # noqa: ANN401
         try:
             if await connection.fetchval("SELECT pg_is_in_recovery()"):
                 return f"{server} is a replica: name the primary"
+            if await is_behind_gate(connection):
+                await pass_gate(servers, index)
             await migrate_postgres(connection, str(server), migrations)
-        except MigrationRefused as error:
+        except DatabaseRefused as error:
             return str(error)
         except ERRORS as error:
             return f"{server} was not migrated ({error}); the next start goes on"
         return ""
 
     results = await asyncio.gather(
-        *(migrate(server, one) for server, one in zip(servers, connections, strict=True))
+        *(
+            migrate(index, server, one)
+            for index, (server, one) in enumerate(zip(servers, connections, strict=True))
+        )
     )
     if failures := [failure for failure in results if failure]:
         raise MigrationRefused("; ".join(failures))

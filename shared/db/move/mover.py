@@ -39,10 +39,12 @@ from shared.db.move.protocol import (
     next_token,
     resolve,
     seen,
+    whole,
 )
 
 ABORT_S_MAX = 5.0
 FORWARD_PAUSE_S = 0.2
+STANDBY_TRIES_MAX, STANDBY_PAUSE_S = 20, 0.1
 
 
 @dataclass(frozen=True)
@@ -205,12 +207,29 @@ async def take_over(
     if not mine:
         raise MoveLost(f"bucket {move.bucket} has been taken over by another mover")
     [move] = mine
-    action = resolve(move.phase, _seen(held, move), _seen(there, move), preference)
-    return Mover(control, src=src, dst=dst, move=move, tools=tools, action=action)
+    src_failed_over, dst_failed_over = [
+        _timeline(fact) != _timeline(await side.facts())
+        for fact, side in zip(_facts_of(move), (src, dst), strict=True)
+    ]
+    arrived = whole(_seen(there, move), has_failed_over=dst_failed_over)
+    action = resolve(move.phase, _seen(held, move), arrived, preference)
+    leave = protocol.LEAVE_AGAIN if src_failed_over else protocol.LEAVE
+    return Mover(control, src=src, dst=dst, move=move, tools=tools, action=action, leave=leave)
 
 
 def _seen(held: Held, move: Move) -> State:
     return seen(held.state, is_of_this_move=held.move_id == move.move_id)
+
+
+def _facts_of(move: Move) -> tuple[str, str]:
+    """What was true of the source and the destination when the move began."""
+    src, _, dst = move.facts.partition(" | ")
+    return src, dst
+
+
+def _timeline(fact: str) -> str:
+    """Of "timeline 1, schema 7": a new schema loses no row, a new primary may have."""
+    return fact.partition(",")[0]
 
 
 class Mover:
@@ -223,6 +242,7 @@ class Mover:
         move: with our token.
         tools: of this process.
         action: where to begin.
+        leave: how the source gives the bucket away.
     """
 
     def __init__(
@@ -234,9 +254,11 @@ class Mover:
         move: Move,
         tools: Tools,
         action: Action,
+        leave: Change = protocol.LEAVE,
     ) -> None:
         self.move = move
         self.action = action
+        self._leaving = leave
         self._control = control
         self._src = src
         self._dst = dst
@@ -426,7 +448,7 @@ class Mover:
             protocol.FENCE,
             peer=self._dst.index,
             fence_until_us=self._tools.after_us(self._pace.fence_s),
-            facts=self.move.facts.partition(" | ")[0],
+            facts=_facts_of(self.move)[0],
         )
         self._visit("fence")
         await self._decide(protocol.FENCED)
@@ -465,8 +487,9 @@ class Mover:
     async def _leave(self) -> None:
         held, there = await asyncio.gather(self._src.look(), self._dst.look())
         is_gone = held.state is State.MOVED and held.token == self.move.token
-        if not is_gone and not (there.state is State.ACTIVE and held.state is not State.FENCED):
-            await self._change(self._src, protocol.LEAVE, peer=self._dst.index)
+        has_arrived = there.state is State.ACTIVE and held.state not in self._leaving.before
+        if not is_gone and not has_arrived:
+            await self._change(self._src, self._leaving, peer=self._dst.index)
         self._visit("src_moved")
 
     async def _arrive(self) -> None:
@@ -487,12 +510,23 @@ class Mover:
         """Delete the source's rows; the MOVED row stays as a signpost.
 
         A mover that is cut short here leaves rows that nobody can read or write; Control
-        remembers that they may be there.
+        remembers that they may be there. They stay, too, as long as the destination's primary
+        alone knows that it has the bucket: if that dies now, they are all there is.
         """
+        if not await self._is_on_standby():
+            return
         with suppress(MoveLost):  # the bucket is on its way back: its next move wipes them
             await self._delete_all(self._src, State.MOVED)
         await self._control.mark_collected(self.move)
         self._visit("gc")
+
+    async def _is_on_standby(self) -> bool:
+        for _ in range(STANDBY_TRIES_MAX):
+            with suppress(MoveFailed):
+                if await self._dst.is_on_standby():
+                    return True
+            await asyncio.sleep(STANDBY_PAUSE_S)
+        return False
 
     # Instead ---------------------------------------------------------------------------
 
@@ -519,7 +553,10 @@ class Mover:
             self._require(held.token == self.move.token)
 
     async def _hand_back(self) -> None:
-        await self._change(self._src, protocol.HAND_BACK)
+        """The destination first: what it holds may not be all."""
+        await self._undo(self._dst, protocol.DROP)
+        is_gone = (await self._src.look()).state is State.MOVED
+        await self._undo(self._src, protocol.HAND_BACK if is_gone else protocol.RETURN)
         await self._decide(protocol.HANDED_BACK, "the destination had been given up")
 
     # Helpers ---------------------------------------------------------------------------

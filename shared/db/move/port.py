@@ -256,6 +256,10 @@ class Side(Protocol):
         """How far the copy has come: by table, where the next page begins, rows so far."""
         ...
 
+    async def is_on_standby(self) -> bool:
+        """Whether a replica has all that the shard has now; also if there is none."""
+        ...
+
     async def delete_page(self, move: Move, state: State, rows_max: int) -> int | None:
         """Delete rows of a bucket that is in this state; 0 when none is left, None: not yours."""
         ...

@@ -21,10 +21,12 @@ class PostgresPlace:
         servers: every shard, in the order in which they were made.
         imports: whether moves may begin; else they are only ended, which needs no right beyond
             those of a service.
+        is_gatekeeper: settles moves of a shard that was promoted and that nobody else may use.
     """
 
     servers: Sequence[Server]
     imports: bool = True
+    is_gatekeeper: bool = False
 
     @property
     def control(self) -> PostgresControl:
@@ -37,7 +39,9 @@ class PostgresPlace:
         if index >= len(self.servers):
             raise DatabaseRefused(f"there is no shard {index}: {len(self.servers)} are named")
         server = self.servers[index]
-        async with PostgresSide.opened(server, index, bucket, imports=self.imports) as side:
+        async with PostgresSide.opened(
+            server, index, bucket, imports=self.imports, is_gatekeeper=self.is_gatekeeper
+        ) as side:
             yield side
 
     async def survey(self) -> Sequence[Survey]:

@@ -23,7 +23,7 @@ from shared.db.move.postgres_shapes import Tables, Unique, read_tables
 from shared.db.move.protocol import Change, State, Token
 from shared.db.move.shapes import key_of_text, text_of_key
 from shared.db.postgres_connection import ERRORS, TIMELINE, Server
-from shared.db.postgres_primary import connect_to_primary
+from shared.db.postgres_primary import connect_to_primary, has_received, is_behind_gate
 
 T = TypeVar("T")
 Lock = Literal["none", "share", "alone"]
@@ -67,6 +67,7 @@ SET plan_cache_mode = force_custom_plan
 """
 # COPY is several times faster than INSERT, and asyncpg can do it with these.
 _COPIED_KINDS = frozenset({"smallint", "integer", "bigint", "boolean", "text", "uuid", "bytea"})
+_LOG_END = f"SELECT {TIMELINE} AS timeline, pg_current_wal_lsn()::text AS lsn"
 _CARRIED = (State.MOVING, State.FENCED)
 _LOST_RACES = (
     asyncpg.LockNotAvailableError,
@@ -87,6 +88,7 @@ class PostgresSide:
         connection: Any,  # noqa: ANN401 - asyncpg is untyped
         tables: Tables,
         is_verbatim: bool,
+        is_gatekeeper: bool,
     ) -> None:
         self._server = server
         self._index = index
@@ -95,11 +97,18 @@ class PostgresSide:
         self._shapes = {shape.name: shape for shape in tables.shapes}
         self._uniques = tables.uniques
         self._is_verbatim = is_verbatim
+        self._is_gatekeeper = is_gatekeeper
 
     @classmethod
     @asynccontextmanager
     async def opened(
-        cls, server: Server, index: int, bucket: int, *, imports: bool = True
+        cls,
+        server: Server,
+        index: int,
+        bucket: int,
+        *,
+        imports: bool = True,
+        is_gatekeeper: bool = False,
     ) -> AsyncIterator["PostgresSide"]:
         """Open a shard for the move of one bucket.
 
@@ -108,12 +117,13 @@ class PostgresSide:
             index: the shard's.
             bucket: which moves.
             imports: whether rows will come in; without, a move can only be ended.
+            is_gatekeeper: whether this ends moves of a shard behind its gate; see postgres_gate.
 
         Raises:
-            DatabaseRefused: it cannot be reached.
+            DatabaseRefused: it cannot be reached, or was promoted and is not in use yet.
             MoveRefused: its tables cannot be moved.
         """
-        connection = await _connect(server)
+        connection = await _connect(server, is_gatekeeper=is_gatekeeper)
         try:
             is_verbatim = await connection.fetchval(_MAY_IMPORT_VERBATIM)
             tables = await read_tables(connection, is_verbatim=is_verbatim or not imports)
@@ -124,6 +134,7 @@ class PostgresSide:
                 connection=connection,
                 tables=tables,
                 is_verbatim=is_verbatim,
+                is_gatekeeper=is_gatekeeper,
             )
             yield side
             connection = side._connection
@@ -339,6 +350,15 @@ class PostgresSide:
         rows = await self._fetch(sql, (move.move_id.bytes,))
         return {str(table): (str(last), int(str(count))) for table, last, count in rows}
 
+    async def is_on_standby(self) -> bool:
+        """See Side.is_on_standby."""
+        hosts = [self._server.at(dsn) for dsn in self._server.hosts]
+        if len(hosts) < 2:
+            return True
+        end = await self._run(lambda raw: raw.fetchrow(_LOG_END))
+        asked = (has_received(host, end["timeline"], end["lsn"]) for host in hosts)
+        return any(await asyncio.gather(*asked))
+
     async def delete_page(self, move: Move, state: State, rows_max: int) -> int | None:
         """See Side.delete_page."""
 
@@ -462,7 +482,9 @@ class PostgresSide:
         for _ in range(TRIES_MAX):
             try:
                 if self._connection.is_closed():
-                    self._connection = await _connect(self._server)
+                    self._connection = await _connect(
+                        self._server, is_gatekeeper=self._is_gatekeeper
+                    )
                 async with self._connection.transaction(
                     isolation="repeatable_read" if is_snapshot else "read_committed"
                 ):
@@ -491,9 +513,14 @@ class PostgresSide:
             )
 
 
-async def _connect(server: Server) -> Any:  # noqa: ANN401 - asyncpg is untyped
+async def _connect(server: Server, *, is_gatekeeper: bool) -> Any:  # noqa: ANN401
     raw = await connect_to_primary(server)
     try:
+        if not is_gatekeeper and await is_behind_gate(raw):
+            raise DatabaseRefused(
+                f"{server} was promoted and has not been compared with Control since: any "
+                "process of the service does it when it is used"
+            )
         await raw.execute(_BY_INDEX)
         # Keys and rows are carried, not looked at.
         await raw.set_type_codec(

@@ -111,6 +111,10 @@ LEAVE: Final = Change("src_moved", _from(State.FENCED), State.MOVED, epoch_by=1)
 ARRIVE: Final = Change("dst_active", _from(State.IMPORTING), State.ACTIVE)
 DROP: Final = Change("abort.dst", _from(State.IMPORTING, State.ABSENT), State.ABORTED)
 RETURN: Final = Change("abort.src", _from(State.MOVING, State.FENCED), State.ACTIVE, epoch_by=2)
+# The source again, after a failover that lost its fence: nobody has been admitted since.
+LEAVE_AGAIN: Final = Change(
+    "src_moved", _from(State.ACTIVE, State.MOVING, State.FENCED), State.MOVED, epoch_by=1
+)
 # The destination never wrote: the source is still whole.
 HAND_BACK: Final = Change("hand_back", _from(State.MOVED), State.ACTIVE, epoch_by=2)
 
@@ -156,18 +160,27 @@ def seen(state: State, *, is_of_this_move: bool) -> State:
     return State.ABORTED if state is State.IMPORTING else State.ABSENT
 
 
+def whole(state: State, *, has_failed_over: bool) -> State:
+    """A destination's state, if its primary may have died during the move.
+
+    Rows that it had acknowledged may be lost. Where it took writes it has kept all that came
+    before them; where it did not, the source is still as complete as anybody.
+    """
+    return state if state is State.ACTIVE or not has_failed_over else State.ABORTED
+
+
 def resolve(phase: Phase, src: State, dst: State, preference: Preference) -> Action:
     """What ends a move that somebody left; its token has been raised everywhere before.
 
     Args:
         phase: of Control, perhaps without its last commit.
         src: what the source says now, as `seen`.
-        dst: what the destination says now, as `seen`.
+        dst: what the destination says now, as `seen` and `whole`.
         preference: where both are possible. After a crash behind the fence, abort: writers wait.
     """
     if dst is State.ACTIVE or (src is State.MOVED and dst is State.IMPORTING):
         return "forward"
-    if src is State.MOVED:
+    if src is State.MOVED or (phase is Phase.COMMITTED and dst is State.ABORTED):
         return "hand back"
     if phase is Phase.COMMITTED:
         return "forward"

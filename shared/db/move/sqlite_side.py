@@ -312,6 +312,10 @@ class SqliteSide:
         rows = await self._run(lambda: self._connection.execute(sql, mine).fetchall())
         return {table: (last, count) for table, last, count in rows}
 
+    async def is_on_standby(self) -> bool:
+        """See Side.is_on_standby."""
+        return True
+
     async def delete_page(self, move: Move, state: State, rows_max: int) -> int | None:
         """See Side.delete_page."""
 
