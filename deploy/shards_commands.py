@@ -1,4 +1,4 @@
-"""tenfold shards list, map, move, verify, status, abort: where buckets live, and moving them."""
+"""tenfold shards list, map, move, verify, status, abort, promote: where buckets live."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +25,9 @@ from shared.db.move.port import Move, MoveFailed, MoveLost, MoveRefused
 from shared.db.move.sqlite_folder import SqliteFolder
 from shared.db.move.survey import Survey, disagreements
 from shared.db.shards import BucketMap
+
+if TYPE_CHECKING:
+    from shared.db.postgres_promotion import Promoted
 
 DATA_SETTING = "TENFOLD_DATA"
 # A line of progress at most so often; the last of a step is always shown.
@@ -195,6 +198,87 @@ def verify(service: ServiceArgument, as_json: JsonOption = False, data: DataOpti
         print("\n".join(found) or "Every bucket has one owner, and the map knows it.")
     if found:
         raise typer.Exit(1)
+
+
+@shards_app.command()
+def promote(
+    shard: Annotated[str, typer.Argument(metavar="SERVICE/SHARD", help="Such as media/1.")],
+    *,
+    to: Annotated[
+        str,
+        typer.Option(metavar="HOST:PORT", help="Default: the one that has most."),
+    ] = "",
+    as_json: JsonOption = False,
+    data: DataOption = None,
+) -> None:
+    """Make a replica the primary of a shard whose primary has died.
+
+    \b
+        tenfold shards promote media/1
+        tenfold shards promote media/1 --to db1b:5432
+
+    It is refused as long as any host of the shard takes writes: stop the old primary for good
+    first. If that comes back later it is left alone, since its timeline is older; make it anew
+    as a replica. The server's databases of other services are promoted with it. What the
+    old primary had acknowledged and no replica received is lost; a synchronous standby has all.
+
+    Then the shard's buckets are compared with Control, and moves that it had a part in are
+    ended. Services follow by themselves. Exit code 1: nothing was promoted, or it is not in use
+    yet; the sentence says which.
+    """  # noqa: D301 - \b keeps the lines of the example
+    service, _, number = shard.partition("/")
+    if not number.isascii() or not number.isdigit():
+        raise LaunchError(f"{shard!r} names no shard: write it as media/1.")
+    if not os.environ.get(f"TENFOLD_{service.upper()}_DATABASE") and _cluster_databases(
+        data or Path(value_of(DATA_SETTING, os.environ, load_settings()))
+    ):
+        raise LaunchError(
+            "The cluster on this machine starts a primary that died again where it was, and would "
+            "have two after a promotion: 'promote' is for Postgres that you run."
+        )
+    with _place(service, data) as place:
+        _print_promoted(_promoted(place, int(number), to), as_json=as_json)
+
+
+def _promoted(place: Place, index: int, to: str) -> "Promoted":
+    import structlog
+
+    from shared.db.move.postgres_place import PostgresPlace
+    from shared.db.postgres_promotion import PromotionRefused, promote
+
+    # Standard output is for the answer.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    if not isinstance(place, PostgresPlace):
+        raise LaunchError("SQLite has no replicas that could be promoted.")
+    if index >= len(place.servers):
+        raise LaunchError(f"There is no shard {index}: {len(place.servers)} are named.")
+    try:
+        return asyncio.run(promote(place.servers, index, to=to))
+    except PromotionRefused as error:
+        text = str(error)
+        raise LaunchError(f"{text[0].upper()}{text[1:]}.") from error
+
+
+def _print_promoted(done: "Promoted", *, as_json: bool) -> None:
+    """Say what became of it."""
+    gate = done.reconciled
+    if as_json:
+        told = {
+            "primary": done.address,
+            "timeline": gate.timeline,
+            "silent": list(done.silent),
+            "settled": {bucket: str(end) for bucket, end in gate.settled.items()},
+            "corrected": [one.bucket for one in gate.corrected],
+            "problems": list(gate.problems),
+        }
+        print(json.dumps(told))
+        return
+    print(f"{done.address} is the primary now, on timeline {gate.timeline}.")
+    print(f"Moves that were ended: {len(gate.settled)}; buckets put right: {len(gate.corrected)}.")
+    if done.silent:
+        print(f"Did not answer, and must not come back as a primary: {', '.join(done.silent)}")
+    for problem in gate.problems:
+        print(f"{problem[0].upper()}{problem[1:]}.")
 
 
 @dataclass

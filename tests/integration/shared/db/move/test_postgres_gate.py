@@ -5,6 +5,10 @@ come to a step, so that the new primary knows nothing of what came after.
 """
 
 import asyncio
+import json
+import os
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +34,7 @@ from shared.db.postgres_replicas import LagGuard
 from shared.db.postgres_shards import parse_servers
 from shared.errors import Unavailable
 from tests.fakes import ManualClock
+from tests.integration.shared.db.move.arena import ROOT
 from tests.integration.shared.db.move.grounds import (
     ADD_ONE,
     MIGRATIONS,
@@ -299,3 +304,50 @@ async def test_a_mover_that_lives_finds_itself_replaced_by_the_gate(servers, pos
             await moving
         assert await two.states(SECOND) == ["ABORTED", "ACTIVE"]
         await write(shards, SECOND, counters[0])
+
+
+async def tenfold(two: Two, *arguments: str) -> tuple[int | None, str, str]:
+    command = [sys.executable, "-m", "deploy.cli", "shards", *arguments]
+    pipe = asyncio.subprocess.PIPE
+    environ = {**os.environ, "TENFOLD_MEDIA_DATABASE": ",".join(two.dsns)}
+    running = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, env=environ, stdout=pipe, stderr=pipe
+    )
+    out, err = await running.communicate()
+    return running.returncode, out.decode(), err.decode()
+
+
+async def test_the_operator_promotes_a_replica_and_services_follow(servers, postgres_server):
+    async with two_shards(servers, postgres_server, 1) as two, two.open() as shards:
+        [counter_id] = await add_counters(shards, 1, bucket=SECOND)
+        await servers.replicated()
+        code, _, err = await tenfold(two, "promote", "media/1")
+        assert (code, "has a primary that takes writes" in err) == (1, True)
+        primary, replica = servers.nodes
+        await servers.end(primary, signal.SIGKILL)
+        code, _, err = await tenfold(two, "promote", "media/1", "--to", "127.0.0.1:1")
+        assert (code, "no replica that answers at 127.0.0.1:1" in err) == (1, True)
+        code, out, err = await tenfold(two, "promote", "media/1", "--json")
+        assert code == 0, err
+        servers.is_swapped = not servers.is_swapped
+        told = json.loads(out)
+        assert told["primary"].startswith(str(servers.address(replica)))
+        assert told["silent"] == [f"{servers.address(primary)}/counters"]
+        assert (told["settled"], told["problems"]) == ({}, [])
+        async with asyncio.timeout(30):
+            while not await is_written(shards, SECOND, counter_id):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert (
+            await two.ask(0, "SELECT timeline FROM tenfold_control.shard WHERE shard_id = 1")
+            == (told["timeline"])
+        )
+
+
+@pytest.mark.parametrize(
+    ("shard", "sentence"),
+    [("media/9", "There is no shard 9"), ("media", "names no shard"), ("moon/1", "no service")],
+)
+async def test_a_shard_that_is_none_is_not_promoted(servers, postgres_server, shard, sentence):
+    async with two_shards(servers, postgres_server, 1) as two:
+        code, _, err = await tenfold(two, "promote", shard)
+        assert (code, sentence in err) == (1, True), err
