@@ -13,7 +13,9 @@ from deploy.local.processes import family
 from shared.db import limits, postgres_connection
 from shared.db import postgres as postgres_shards
 from shared.db.errors import DatabaseRefused
-from shared.errors import Unavailable
+from shared.db.postgres_promotion import promote
+from shared.db.postgres_shards import parse_servers
+from shared.errors import Aborted, DeadlineExceeded, Unavailable
 from tests.databases import Contents, PostgresPlace
 from tests.integration.shared.db.conftest import MIGRATIONS, NEAR, add_thing, labels, once, user
 from tests.pair import REPLICA, Pair, running_pair
@@ -144,3 +146,55 @@ async def end_the_wait(pair: Pair) -> None:
         while not await admin.fetch(cancel):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await admin.close()
+
+
+async def test_what_was_acknowledged_with_a_synchronous_standby_survives_its_promotion(pair):
+    await pair.replicated()
+    await require_standby(pair)
+    acknowledged: list[str] = []
+    goes_on, is_over = asyncio.Event(), asyncio.Event()
+
+    async def write_on(number: int, shards) -> None:
+        count = 0
+        while not is_over.is_set():
+            label = f"{number}-{count}"
+            asked = once(user(NEAR), label)
+            while not await is_answered(shards, asked, label):  # noqa: ASYNC110 - the same one
+                await asyncio.sleep(0.05)
+            acknowledged.append(label)
+            count += 1
+            if len(acknowledged) >= 40:
+                goes_on.set()
+
+    async with place_on(pair).open() as shards, asyncio.TaskGroup() as tasks:
+        for number in range(4):
+            tasks.create_task(write_on(number, shards))
+        await goes_on.wait()
+        await pair.end("primary", signal.SIGKILL)
+        before = len(acknowledged)
+        promoted = await promote(parse_servers(operators_place(pair).name, service="things"), 0)
+        assert promoted.reconciled.timeline == 2
+        async with asyncio.timeout(30):
+            while len(acknowledged) < before + 40:  # noqa: ASYNC110 - writers ring no bell
+                await asyncio.sleep(0.01)
+        is_over.set()
+    async with place_on(pair).open() as shards:
+        assert await labels(shards) == sorted(acknowledged)
+
+
+def operators_place(pair: Pair) -> PostgresPlace:
+    """A service's role may not promote."""
+    name = pair.dsn("things").replace(
+        f"{postgres.OWNER}:{pair.site.password}", f"{postgres.ADMIN}:{pair.site.admin_password}"
+    )
+    return PostgresPlace(name, Contents(MIGRATIONS, "things", 1))
+
+
+async def is_answered(shards, asked, label: str) -> bool:
+    try:
+        async with shards.bucket(NEAR).transaction(asked) as tx:
+            if not tx.answered:
+                await add_thing(tx, label)
+    except (Unavailable, Aborted, DeadlineExceeded):
+        return False
+    return True
