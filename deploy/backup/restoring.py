@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,11 +94,11 @@ def restore(
             _require_room(manifest, data)
             progress.begin("copying and verifying", manifest.size_bytes)
             for file in manifest.files:
-                if file.path != BUS_FILE:
-                    _copy(backup, file, data / file.path.removeprefix(DATA_PREFIX), progress)
-            owed = _read_owed(backup, manifest, progress)
+                is_kept = file.path != BUS_FILE
+                target = data / file.path.removeprefix(DATA_PREFIX) if is_kept else None
+                _copy(backup, file, target, progress)
             progress.begin("preparing the databases")
-            resumed = _resume(manifest, data, owed)
+            resumed = _resume(manifest, backup, data)
             progress.begin("making it durable")
             tree.sync_folders(data)
         return Restored(manifest, resumed.returned, resumed.foreign)
@@ -189,24 +189,7 @@ def _copy(backup: Path, file: BackedUpFile, target: Path | None, progress: Progr
         )
 
 
-def _read_owed(
-    backup: Path, manifest: Manifest, progress: Progress
-) -> dict[str, list[OwedMessage]]:
-    """By the service whose outbox they come from; verified like any other file."""
-    owed: dict[str, list[OwedMessage]] = defaultdict(list)
-    for file in manifest.files:
-        if file.path != BUS_FILE:
-            continue
-        _copy(backup, file, None, progress)
-        with os.fdopen(tree.open_below(backup, BUS_FILE), "rb") as lines:
-            for line in lines:
-                message = OwedMessage.of_line(line)
-                _, _, rest = message.subject.partition(".")
-                owed[rest.partition(".")[0]].append(message)
-    return owed
-
-
-def _resume(manifest: Manifest, data: Path, owed: dict[str, list[OwedMessage]]) -> Resumed:
+def _resume(manifest: Manifest, backup: Path, data: Path) -> Resumed:
     shards: dict[str, list[Path]] = defaultdict(list)
     for file in manifest.files:
         name = file.path.removeprefix(DATA_PREFIX)
@@ -215,11 +198,26 @@ def _resume(manifest: Manifest, data: Path, owed: dict[str, list[OwedMessage]]) 
     stood_us = max(0, time.time_ns() // 1000 - manifest.cut_at_us)
     total = Resumed()
     for service, paths in shards.items():
-        resumed = resume(paths, owed.pop(service, []), stood_us=stood_us)
+        resumed = resume(paths, _owed(backup, manifest, {service}), stood_us=stood_us)
         total.returned += resumed.returned
         total.foreign += resumed.foreign
-    total.foreign += sum(map(len, owed.values()))
+    known = sum(1 for _ in _owed(backup, manifest, shards))
+    total.foreign += sum(1 for _ in _owed(backup, manifest)) - known
     return total
+
+
+def _owed(
+    backup: Path, manifest: Manifest, services: Collection[str] | None = None
+) -> Iterator[OwedMessage]:
+    """What outboxes take back, or those of some services; not kept, since it may be much."""
+    if not any(file.path == BUS_FILE for file in manifest.files):
+        return
+    with os.fdopen(tree.open_below(backup, BUS_FILE), "rb") as lines:
+        for line in lines:
+            message = OwedMessage.of_line(line)
+            _, _, rest = message.subject.partition(".")
+            if services is None or rest.partition(".")[0] in services:
+                yield message
 
 
 @contextmanager

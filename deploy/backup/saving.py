@@ -149,7 +149,7 @@ class _Saving:
         asyncio.run(self._broker.read_before_cut())
         self._progress.begin("waiting for a moment without a writer")
         paths = [self._data / name for name in databases]
-        with open_cut(paths, inside=self._links.update) as cut:
+        with open_cut(paths, inside=self._links.update, waiting=self._wait) as cut:
             if sorted(self._links.databases) != databases:
                 raise LaunchError("A service made new databases meanwhile: try again.")
             self._require_room(cut)
@@ -159,6 +159,9 @@ class _Saving:
             manifest = Manifest(cut.at_us, self._applied(databases), files)
             self._publish(manifest)
             return Saved(manifest, cut.held_s, cut.tries, self._broker.count)
+
+    def _wait(self, busy: Path) -> None:
+        self._progress.begin(f"waiting for a moment without a writer of {busy}")
 
     def _require_services(self) -> None:
         for service in sorted(self._order.services):
@@ -191,7 +194,13 @@ class _Saving:
 
     def _copy_files(self) -> Iterator[BackedUpFile]:
         for name, path in sorted(self._links.files.items()):
-            source = tree.open_below(path.parent, path.name)
+            try:
+                source = tree.open_below(path.parent, path.name)
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                raise LaunchError(
+                    f"There is no backup: {self._data / name} cannot be read ({reason})."
+                ) from error
             target = self._partial / DATA_FOLDER / name
             size_bytes, sha256 = tree.copy(source, target, self._progress.add)
             yield BackedUpFile(f"{DATA_FOLDER}/{name}", size_bytes, sha256)
@@ -234,7 +243,8 @@ def reason_of(error: OSError | sqlite3.Error) -> str:
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
         return f"{(error.strerror or str(error)).lower()}{where}"
-    return str(error)
+    code = getattr(error, "sqlite_errorname", "")  # "disk I/O error" has many reasons
+    return f"{error} ({code})" if code else str(error)
 
 
 def _check_data(data: Path) -> None:
@@ -284,7 +294,7 @@ def _held(data: Path) -> Iterator[bool]:
     launcher = launcher_of(state)
     if launcher is None or not launcher.is_alive or not state.get("ready"):
         raise LaunchError(
-            f"The mesh in {data} is starting or stopping: try again when 'tenfold status' says "
-            "that it is ready."
+            f"The mesh in {data} is starting or stopping, or it stands and somebody else copies "
+            "it: try again when it is ready, or stands."
         )
     yield True

@@ -30,6 +30,9 @@ SCRATCH = "work"
 # A folder's time of change moves in steps of the kernel's clock tick.
 TICK_NS = 100_000_000
 
+# Another file system below the folder, one without hard links, or somebody else's file.
+_CANNOT_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK})
+
 Report = Callable[[int], None]
 
 
@@ -112,10 +115,9 @@ class Links:
         except FileNotFoundError:
             return
         except OSError as error:
-            # Another file system below the folder: read where it is, and hope that it stays.
-            if error.errno != errno.EXDEV:
+            if error.errno not in _CANNOT_LINK:
                 raise
-            link = original
+            link = original  # read where it is; should it vanish until then, there is no backup
         self.files[name] = link
 
 

@@ -140,12 +140,18 @@ class Cut:
 
 
 @contextmanager
-def open_cut(paths: Sequence[Path], *, inside: Callable[[], None]) -> Iterator[Cut]:
+def open_cut(
+    paths: Sequence[Path],
+    *,
+    inside: Callable[[], None],
+    waiting: Callable[[Path], None] = lambda busy: None,
+) -> Iterator[Cut]:
     """Pin the state of all files at one moment; they are let go with the block. Blocking.
 
     Args:
         paths: database files in WAL mode.
-        inside: called in each try while nobody can write; it must be quick, and repeatable.
+        inside: called while nobody can write; it must be quick.
+        waiting: told which file a try was given up for.
 
     Raises:
         DatabaseRefused: a file cannot be opened, or is kept busy for too long.
@@ -159,10 +165,12 @@ def open_cut(paths: Sequence[Path], *, inside: Callable[[], None]) -> Iterator[C
                 raise DatabaseRefused(f"cannot open {path}: {error}") from error
             stack.callback(file.close)
             files.append(file)
-        yield _cut(files, inside)
+        yield _cut(files, inside, waiting)
 
 
-def _cut(files: Sequence[PinnedFile], inside: Callable[[], None]) -> Cut:
+def _cut(
+    files: Sequence[PinnedFile], inside: Callable[[], None], waiting: Callable[[Path], None]
+) -> Cut:
     order = list(files)
     for tries in range(1, TRIES_MAX + 1):
         try:
@@ -182,6 +190,7 @@ def _cut(files: Sequence[PinnedFile], inside: Callable[[], None]) -> Cut:
             return Cut(files, at_us, time.monotonic() - began_s, tries)
         order.remove(busy)
         order.insert(0, busy)
+        waiting(busy.path)
         time.sleep(random.uniform(*PAUSE_S))  # noqa: S311 - jitter, no secret
     raise DatabaseRefused(
         f"{order[0].path} was being written all the time: no moment without a writer was found "
