@@ -1,11 +1,11 @@
-"""How long anything on a database may take, and the one way to say that it took longer."""
+"""How long anything on a database may take, and what a caller is told when that is not enough."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from shared import deadline
-from shared.errors import DeadlineExceeded
+from shared.errors import DeadlineExceeded, Unavailable
 
 # A transaction holds locks that others wait for; a longer one is a bug, and is rolled back.
 TURN_S_MAX = 10.0
@@ -37,3 +37,10 @@ async def bounded(at_most_s: float, sentence: str) -> AsyncIterator[None]:
         raise DeadlineExceeded(sentence) from error
     if limit.expired():
         raise DeadlineExceeded(sentence)
+
+
+def no_room(name: str) -> Unavailable:
+    """A shard's disk is full: its reads go on, its writes wait for its operator."""
+    return Unavailable(
+        f"{name} has no room left on its disk; nothing has happened", retry_after_s=RETRY_AFTER_S
+    )

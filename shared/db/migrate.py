@@ -186,6 +186,10 @@ def refuse_misfit(
     newest = {migration.area: migration.number for migration in migrations}
     for area, number, name, sha256 in applied:
         migration = known.get((area, number))
+        if area not in newest and len(newest) > 1:
+            raise MigrationRefused(
+                f"{place} holds the data of {area}: it is another service's, name the right one"
+            )
         if migration is None and number > newest.get(area, 0):
             raise MigrationRefused(
                 f"{place} was written by a newer version (migration {name} of {area} is unknown "

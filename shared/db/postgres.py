@@ -60,7 +60,6 @@ from shared.db.postgres_connection import (
     Connection,
     Server,
     ShardUnreachable,
-    translate,
 )
 from shared.db.postgres_gate import Gate
 from shared.db.postgres_pool import Pool
@@ -312,7 +311,7 @@ class PostgresShard:
         try:
             await tx.connection.commit()
         except ERRORS as error:
-            translated = translate(error)
+            translated = tx.connection.told(error)
             if not isinstance(translated, Unavailable | DeadlineExceeded):
                 raise translated from error  # the server's own refusal: all is undone
             tx.connection.terminate()

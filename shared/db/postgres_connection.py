@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
+import structlog
 
 from shared.db import limits
 from shared.db.errors import (
@@ -25,7 +26,7 @@ from shared.db.errors import (
     ConstraintViolation,
     UniqueViolation,
 )
-from shared.db.limits import RETRY_AFTER_S
+from shared.db.limits import RETRY_AFTER_S, no_room
 from shared.db.sql import to_postgres
 from shared.db.tenancy import TenantCheck
 from shared.errors import (
@@ -45,6 +46,9 @@ GRACE_S = 1.0
 STATEMENTS_PREPARED_MAX = 512
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 10, 5, 3
 UNACKNOWLEDGED_MS_MAX = 20_000
+
+
+_log = structlog.get_logger(__name__)
 
 
 class ShardUnreachable(Unavailable):
@@ -98,13 +102,21 @@ class Connection:
 
     Attributes:
         raw: asyncpg's.
+        name: the shard's.
         backend: the server's side of it.
         opened_s: on time.monotonic(): no later than this the server behind it has started.
         dies_at_s: on time.monotonic(): not lent any more from then on.
     """
 
-    def __init__(self, raw: Any, tenants: TenantCheck, backend: Backend) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        raw: Any,  # noqa: ANN401
+        tenants: TenantCheck,
+        backend: Backend,
+        name: str,
+    ) -> None:
         self.raw = raw
+        self.name = name
         self.backend = backend
         self.opened_s = time.monotonic()
         self.dies_at_s = math.inf
@@ -157,13 +169,22 @@ class Connection:
         try:
             yield
         except asyncpg.PostgresError as error:
-            raise translate(error) from error  # the server has answered
+            raise self.told(error) from error  # the server has answered
         except BaseException as error:
             # Given up while the server was at it: what it does next is not known here.
             self._is_in_doubt = True
             if isinstance(error, ERRORS):
-                raise translate(error) from error
+                raise self.told(error) from error
             raise
+
+    def told(self, error: BaseException) -> Exception:
+        """What a caller is told; what it is not told of a server's trouble is said here."""
+        translated = translate(error, name=self.name)
+        if isinstance(error, asyncpg.PostgresError) and isinstance(translated, Unavailable):
+            _log.warning(
+                "shard.refuses", shard=self.name, sqlstate=error.sqlstate, reason=str(error)
+            )
+        return translated
 
     def terminate(self) -> None:
         """Close the socket now; the server rolls back what was open."""
@@ -215,7 +236,7 @@ async def open_connection(
         raise ShardUnreachable(
             f"{server.name} cannot be reached", retry_after_s=RETRY_AFTER_S
         ) from error
-    return Connection(raw, tenants, Backend(row["pid"], row["started"]))
+    return Connection(raw, tenants, Backend(row["pid"], row["started"]), server.name)
 
 
 def behind_gate(server: Server) -> BehindGate:
@@ -308,12 +329,13 @@ _TOO_SLOW = frozenset({"57014", "25P03", "25P04"})
 # Connections, resources, operators, a standby where a primary was expected, a broken disk.
 _UNAVAILABLE_CLASSES = frozenset({"08", "53", "57", "58", "XX"})
 _READ_ONLY = "25006"
+_DISK_FULL = "53100"
 
 
-def translate(error: BaseException) -> Exception:
+def translate(error: BaseException, *, name: str = "the database") -> Exception:
     """Postgres's error as the port names it; errors that mean a bug stay as they are."""
     if isinstance(error, asyncpg.PostgresError):
-        return _of_server(error)
+        return _of_server(error, name)
     if isinstance(error, asyncpg.OutdatedSchemaCacheError):
         return RaceLost("the schema has changed meanwhile; try again")
     if isinstance(error, TimeoutError):
@@ -321,7 +343,7 @@ def translate(error: BaseException) -> Exception:
     return unavailable()
 
 
-def _of_server(error: Any) -> Exception:  # noqa: ANN401 - asyncpg is untyped
+def _of_server(error: Any, name: str) -> Exception:  # noqa: ANN401 - asyncpg is untyped
     # A table: who the server's code is, and what it means to a caller.
     state = str(error.sqlstate or "")
     found: Exception = error
@@ -341,6 +363,8 @@ def _of_server(error: Any) -> Exception:  # noqa: ANN401 - asyncpg is untyped
         found = ConstraintViolation("integer_overflow")
     elif state == "22021":
         found = InvalidRequest("a text holds a character that cannot be stored (NUL)")
+    elif state == _DISK_FULL:
+        found = no_room(name)
     elif state[:2] in _UNAVAILABLE_CLASSES or state == _READ_ONLY:
         found = unavailable()
     return found

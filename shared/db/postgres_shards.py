@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+import asyncpg
+
 from shared.db.errors import DatabaseRefused, MigrationRefused
 from shared.db.limits import CLOSE_S_MAX
 from shared.db.migrate import FRAMEWORK_MIGRATIONS, Migration, load_migrations, tables_made_by
@@ -31,6 +33,7 @@ CREATE SCHEMA IF NOT EXISTS tenfold_control;
 CREATE TABLE IF NOT EXISTS tenfold_control.shard (
     shard_id bigint PRIMARY KEY, weight bigint NOT NULL, state text NOT NULL);
 ALTER TABLE tenfold_control.shard ADD COLUMN IF NOT EXISTS timeline bigint NOT NULL DEFAULT 0;
+ALTER TABLE tenfold_control.shard ADD COLUMN IF NOT EXISTS is_made boolean NOT NULL DEFAULT false;
 CREATE TABLE IF NOT EXISTS tenfold_control.bucket_map (
     bucket smallint PRIMARY KEY, shard_id bigint NOT NULL, epoch bigint NOT NULL);
 """
@@ -45,6 +48,9 @@ SELECT number - 1, shard_id, 1 FROM unnest($1::bigint[]) WITH ORDINALITY AS all_
 _INSERT_SHARD = """
 INSERT INTO tenfold_control.shard (shard_id, weight, state) VALUES ($1, 1, 'ACTIVE')
 """
+# A shard that has been made is never made again: an empty database in its place is a wrong one.
+_SELECT_MADE = "SELECT shard_id FROM tenfold_control.shard WHERE is_made"
+_SET_MADE = "UPDATE tenfold_control.shard SET is_made = true WHERE shard_id < $1 AND NOT is_made"
 _SET_TIMELINE = "UPDATE tenfold_control.shard SET timeline = $2 WHERE shard_id = $1"
 _CLAIM_SHARD = """
 INSERT INTO tenfold_shard (one, shard_id, timeline, schema_version) VALUES (1, $1, $2, $3)
@@ -139,12 +145,14 @@ async def prepare(plan: Plan) -> Prepared:
     servers = [primary.server for primary in primaries]
     connections = await _connect_all(servers)
     try:
+        await _refuse_emptied(servers, connections)
         await _migrate_all(servers, connections, migrations)
         hint = await _planned(plan, connections[0], primaries)
         owned = {
             index: await _claim(servers[index], connection, index, hint, len(migrations))
             for index, connection in enumerate(connections)
         }
+        await connections[0].execute(_SET_MADE, len(servers))
         await _add_arriving(connections[0], owned)
         tenant_tables = await own_tables(connections[0], framework)
     except ERRORS as error:
@@ -188,6 +196,34 @@ async def _close_all(connections: Sequence[Any]) -> None:
     for connection in connections:
         with suppress(*ERRORS):
             await connection.close(timeout=CLOSE_S_MAX)
+
+
+async def _refuse_emptied(servers: Sequence[Server], connections: Sequence[Any]) -> None:
+    """Refuse an empty database where a shard was: made anew, it would hide what it had.
+
+    Read in this order, another process that makes the shards meanwhile is no reason: it makes
+    the first one first, and says last that they are made.
+    """
+    made = await _shard_ids(connections[0], _SELECT_MADE)
+    said = [
+        await _shard_ids(one, "SELECT shard_id FROM tenfold_shard") for one in connections[::-1]
+    ]
+    is_empty = [not ids for ids in reversed(said)]
+    if is_empty[0] and not all(is_empty):
+        made = [0]  # Control is in the first
+    for index in made:
+        if index < len(servers) and is_empty[index]:
+            raise DatabaseRefused(
+                f"{servers[index]} is empty, and it has been in use: correct its DSN, or restore "
+                "it from a backup"
+            )
+
+
+async def _shard_ids(connection: Any, sql: str) -> list[int]:  # noqa: ANN401
+    try:
+        return [int(row["shard_id"]) for row in await connection.fetch(sql)]
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+        return []
 
 
 async def _migrate_all(

@@ -217,7 +217,7 @@ class SqliteShard:
                 self.path, self.schema, read_only=True, synchronous="NORMAL"
             )
         except sqlite3.OperationalError as error:
-            raise operational(error) from error
+            raise operational(error, self.path) from error
         self.readers.append(reader)
         return reader
 

@@ -24,7 +24,7 @@ from shared.db.errors import (
     ConstraintViolation,
     UniqueViolation,
 )
-from shared.db.limits import CLOSE_S_MAX, RETRY_AFTER_S
+from shared.db.limits import CLOSE_S_MAX, RETRY_AFTER_S, no_room
 from shared.db.port import Row
 from shared.db.sql import to_sqlite, to_sqlite_value
 from shared.db.tenancy import TenantCheck
@@ -71,8 +71,9 @@ class Outcome:
 class Connection:
     """One open connection; statements run one after the other, in its own thread."""
 
-    def __init__(self, connection: aiosqlite.Connection, schema: Schema) -> None:
+    def __init__(self, connection: aiosqlite.Connection, schema: Schema, path: Path) -> None:
         self.raw = connection
+        self._path = path
         self.schema = schema
         self._tenants = TenantCheck(schema.tenant_tables)
 
@@ -187,7 +188,7 @@ class Connection:
         if isinstance(error, sqlite3.IntegrityError):
             return self._violation(text)
         if isinstance(error, sqlite3.OperationalError):
-            return operational(error)
+            return operational(error, self._path)
         return error
 
     def _violation(self, text: str) -> ConstraintViolation:
@@ -217,15 +218,15 @@ _UNAVAILABLE_CODES = frozenset(
 )
 
 
-def operational(error: sqlite3.OperationalError) -> Exception:
+def operational(error: sqlite3.OperationalError, path: Path) -> Exception:
     """What is not the statement's fault, as the port names it; the rest stays as it is."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
     if code == sqlite3.SQLITE_INTERRUPT:
         return Unavailable("the statement was interrupted", retry_after_s=RETRY_AFTER_S)
     if code in _UNAVAILABLE_CODES:
         # The caller is told no more than that; which of SQLite's many reasons it was is said here.
-        _log.warning("the database cannot be used", sqlite=error.sqlite_errorname)
-        return unavailable()
+        _log.warning("shard.refuses", file=str(path), sqlite=error.sqlite_errorname)
+        return no_room(path.stem) if code == sqlite3.SQLITE_FULL else unavailable()
     if "integer overflow" in str(error):
         return ConstraintViolation("integer_overflow")
     return error
@@ -275,7 +276,7 @@ async def open_connection(
     except BaseException:
         await connection.close()
         raise
-    return Connection(connection, schema)
+    return Connection(connection, schema, path)
 
 
 def read_schema(path: Path, framework_tables: frozenset[str]) -> tuple[Schema, frozenset[str]]:

@@ -9,7 +9,7 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.db.errors import DatabaseRefused
+from shared.db.errors import DatabaseRefused, MigrationRefused
 from shared.db.migrate import (
     FRAMEWORK_MIGRATIONS,
     Migration,
@@ -71,9 +71,10 @@ def prepare(plan: Plan) -> Prepared:
     hint = _control(plan)
     paths = [plan.folder.absolute() / f"shard-{index}.sqlite" for index in range(plan.shard_count)]
     owned: dict[int, list[int]] = {}
+    _migrate_all(paths, migrations)
     for index, path in enumerate(paths):
-        migrate_sqlite(path, migrations)
         owned[index] = _claim_buckets(path, index, hint, migrations)
+    _mark_made(plan)
     _add_arriving(plan, owned)
     try:
         bucket_map = BucketMap.of_owners(owned, version=hint.version)
@@ -121,10 +122,47 @@ def _plan_buckets(connection: sqlite3.Connection, plan: Plan) -> BucketMap:
         )
     for index in range(len(known), plan.shard_count):
         connection.execute(
-            "INSERT INTO shard (shard_id, dsn, weight, state) VALUES (?, ?, 1, 'ACTIVE')",
+            "INSERT INTO shard (shard_id, dsn, weight, state) VALUES (?, ?, 1, 'NEW')",
             (index, f"shard-{index}.sqlite"),
         )
+    _refuse_lost(connection, plan)
     return hint
+
+
+def _refuse_lost(connection: sqlite3.Connection, plan: Plan) -> None:
+    """Refuse to make a file anew that has been in use: it would hide what the lost one had."""
+    rows = connection.execute("SELECT dsn FROM shard WHERE state = 'ACTIVE' ORDER BY shard_id")
+    for (name,) in rows.fetchall():
+        path = plan.folder / name
+        if not path.is_file() or path.stat().st_size == 0:
+            raise DatabaseRefused(
+                f"{path} is missing or empty, and it has been in use: put it back, or restore "
+                "the folder from a backup"
+            )
+
+
+def _migrate_all(paths: list[Path], migrations: list[Migration]) -> None:
+    """Every shard, even if one fails: the others are then at the newest schema, each whole."""
+    failures: list[str] = []
+    first: Exception | None = None
+    for path in paths:
+        try:
+            migrate_sqlite(path, migrations)
+        except DatabaseRefused as error:
+            failures.append(str(error))
+            first = first or error
+        except sqlite3.Error as error:
+            failures.append(f"{path} was not migrated ({error}); the next start goes on")
+            first = first or error
+    if isinstance(first, DatabaseRefused) and len(failures) == 1:
+        raise first
+    if failures:
+        raise MigrationRefused("; ".join(failures)) from first
+
+
+def _mark_made(plan: Plan) -> None:
+    with sqlite_file(plan.folder / "control.sqlite", is_checked=True) as connection:
+        connection.execute("UPDATE shard SET state = 'ACTIVE' WHERE state = 'NEW'")
 
 
 def _add_arriving(plan: Plan, owned: dict[int, list[int]]) -> None:

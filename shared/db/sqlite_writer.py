@@ -144,7 +144,8 @@ class Writer:
             turn.require_whole()
         except BaseException as error:
             turn.end(keep=False)
-            if isinstance(error, TenfoldError) and turn.given.done():
+            is_refusal = isinstance(error, TenfoldError) and not isinstance(error, Unavailable)
+            if is_refusal and turn.given.done():
                 # What it was refused for may have been a neighbour's effect, still uncommitted.
                 await self._settle(turn)
             raise

@@ -12,7 +12,7 @@ from shared.config import ConfigError
 from shared.db.engines import ShardSettings, open_shards
 from shared.db.errors import DatabaseRefused, MigrationRefused
 from shared.db.postgres_shards import parse_servers
-from tests.databases import SECRET, Contents, PostgresPlace
+from tests.databases import SECRET, TABLES, Contents, PostgresPlace
 from tests.integration.shared.db.conftest import FAR, MIGRATIONS, NEAR, add_thing, labels
 
 SECOND = "ALTER TABLE thing ADD COLUMN colour text NOT NULL DEFAULT 'red';\n"
@@ -133,6 +133,28 @@ async def test_a_further_shard_starts_empty_and_fewer_are_refused(postgres_serve
         assert await shards.all()[2].fetch_all("SELECT bucket FROM tenfold_bucket") == []
     with pytest.raises(DatabaseRefused, match="has 3 shards and 2 were named"):
         await open_once(named(place, first, second))
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["with Control", "a further one"])
+async def test_an_empty_database_in_the_place_of_one_in_use_is_refused_and_stays_empty(
+    postgres_server, place, lost
+):
+    await open_once(place)
+    dsns, [empty] = place.name.split(","), await postgres_server.make_databases(1)
+    dsns[lost] = empty
+    with pytest.raises(DatabaseRefused, match=f"shard {lost} of .* is empty, .*correct its DSN"):
+        await open_once(named(place, *dsns))
+    async with postgres_server.admin(empty.rpartition("/")[2]) as admin:
+        assert await admin.fetchval(f"SELECT count(*) FROM ({TABLES}) AS made") == 0
+    await open_once(place)
+    await postgres_server.drop_databases([empty])
+
+
+async def test_another_services_database_is_refused(place):
+    await open_once(place)
+    other = replace(place, contents=replace(place.contents, service="others"))
+    with pytest.raises(MigrationRefused, match="holds the data of things: it is another service's"):
+        await open_once(other)
 
 
 async def test_shards_named_in_another_order_are_refused(place):

@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def open_folder(tmp_path: Path, migrations: Path):
     def open_it(**options):
         settings = {"shard_count": 2, "secret": SECRET, "clock": SystemClock(), **options}
         return open_sqlite_shards(
-            tmp_path / "data", migrations=migrations, service="things", **settings
+            tmp_path / "data", migrations=migrations, **{"service": "things", **settings}
         )
 
     return open_it
@@ -79,12 +80,33 @@ async def test_numbers_with_a_gap_are_refused(open_folder, migrations):
 
 async def test_a_migration_that_fails_leaves_nothing_of_itself(open_folder, migrations, tmp_path):
     (migrations / "0002_colour.sql").write_text(SECOND + "CREATE TABLE thing (id uuid);\n")
-    with pytest.raises(sqlite3.OperationalError, match="already exists"):
+    with pytest.raises(MigrationRefused, match=r"shard-1.sqlite was not migrated .*already exists"):
         async with open_folder():
             pass
     (migrations / "0002_colour.sql").write_text(SECOND)
     async with open_folder() as shards:
         assert await labels(shards) == []
+
+
+async def test_a_migration_that_fails_on_one_shard_names_it_and_the_others_are_at_the_newest(
+    open_folder, migrations, tmp_path
+):
+    async with open_folder():
+        pass
+    files = [sqlite3.connect(tmp_path / f"data/shard-{index}.sqlite") for index in (0, 1)]
+    with closing(files[0]), closing(files[1]):
+        files[0].execute("CREATE TABLE colour (name text)")  # in the way
+        (migrations / "0002_colour.sql").write_text(SECOND + "CREATE TABLE colour (name text);\n")
+        with pytest.raises(MigrationRefused, match=r"shard-0.sqlite .*already exists") as caught:
+            async with open_folder():
+                pass
+        assert "shard-1" not in str(caught.value)
+        files[1].execute("SELECT colour FROM thing")
+        with pytest.raises(sqlite3.OperationalError, match="no such column"):
+            files[0].execute("SELECT colour FROM thing")
+        files[0].execute("DROP TABLE colour")
+        async with open_folder():
+            files[0].execute("SELECT colour FROM thing")
 
 
 async def test_more_shards_start_empty_and_fewer_are_refused(open_folder):
@@ -108,6 +130,32 @@ async def test_swapped_files_are_refused(open_folder, tmp_path):
     (folder / "x").rename(folder / "shard-1.sqlite")
     with pytest.raises(DatabaseRefused, match="swapped"):
         async with open_folder():
+            pass
+
+
+@pytest.mark.parametrize("left", [None, b""], ids=["missing", "empty"])
+async def test_a_file_that_was_in_use_is_not_made_anew(open_folder, tmp_path, left):
+    async with open_folder() as shards, shards.bucket(FAR).transaction() as tx:
+        await add_thing(tx, "a")
+    path = tmp_path / "data/shard-1.sqlite"
+    kept = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(left)
+    with pytest.raises(DatabaseRefused, match=r"shard-1.sqlite is missing .*from a backup"):
+        async with open_folder():
+            pass
+    assert not path.exists() or path.read_bytes() == left
+    path.write_bytes(kept)
+    async with open_folder() as shards:
+        assert await labels(shards) == ["a"]
+
+
+async def test_another_services_files_are_refused(open_folder):
+    async with open_folder():
+        pass
+    with pytest.raises(MigrationRefused, match="holds the data of things: it is another service's"):
+        async with open_folder(service="others"):
             pass
 
 
