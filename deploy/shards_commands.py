@@ -148,7 +148,7 @@ def status(service: ServiceArgument, as_json: JsonOption = False, data: DataOpti
             "from": one.src,
             "to": one.dst,
             "phase": str(one.phase),
-            "mover_alive": one.lease_until_us > now_us,
+            "mover_alive": not one.is_left(now_us),
         }
         for one in moves
     ]

@@ -29,6 +29,24 @@ class SystemClock:
         return time.monotonic()
 
 
+CLOCKS_APART_US = 60_000_000
+"""Further than this no two clocks are apart that somebody keeps."""
+
+
+def is_over(until_us: int, *, now_us: int, lasts_us: int) -> bool:
+    """Whether the time of something has passed.
+
+    It also has when it ends later than it could: the clock has been set back since, and whoever
+    waited for it would wait for hours. Nothing may rest on this alone: a token decides.
+
+    Args:
+        until_us: when it ends, by the clock of then.
+        now_us: the current moment.
+        lasts_us: it is never made longer than this.
+    """
+    return until_us <= now_us or until_us > now_us + lasts_us + CLOCKS_APART_US
+
+
 def to_us(moment: datetime) -> int:
     """Microseconds since 1970 UTC, how every table stores a moment."""
     return int(moment.timestamp()) * 1_000_000 + moment.microsecond

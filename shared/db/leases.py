@@ -6,13 +6,14 @@ one than its successor, and whoever checks tokens refuses it.
 
 from dataclasses import dataclass
 
+from shared.clock import CLOCKS_APART_US
 from shared.db.port import Transaction
 
 _TAKE = """
 INSERT INTO tenfold_lease (name, holder, token, expires_at_us) VALUES ($1, $2, 1, $3)
 ON CONFLICT (name) DO UPDATE
 SET holder = $2, token = tenfold_lease.token + 1, expires_at_us = $3
-WHERE tenfold_lease.expires_at_us <= $4
+WHERE tenfold_lease.expires_at_us <= $4 OR tenfold_lease.expires_at_us > $5
 RETURNING token
 """
 _RENEW = """
@@ -36,8 +37,12 @@ class Lease:
 async def take_lease(
     tx: Transaction, name: str, *, holder: str, now_us: int, ttl_us: int
 ) -> Lease | None:
-    """Take a lease that is free or has expired; None while another holds it."""
-    row = await tx.fetch_one(_TAKE, name, holder, now_us + ttl_us, now_us)
+    """Take a lease that is free or has expired; None while another holds it.
+
+    One that lasts longer than any could is left from before the clock was set back.
+    """
+    until_us = now_us + ttl_us
+    row = await tx.fetch_one(_TAKE, name, holder, until_us, now_us, until_us + CLOCKS_APART_US)
     return None if row is None else Lease(name, holder, row["token"])
 
 

@@ -30,7 +30,7 @@ from typing import Any, TypeGuard, TypeVar
 from uuid import UUID
 
 from shared import causal, deadline
-from shared.clock import Clock, to_us
+from shared.clock import CLOCKS_APART_US, Clock, to_us
 from shared.db import limits
 from shared.db import once as once_rules
 from shared.db.crash_points import AFTER_COMMIT, BEFORE_COMMIT, CLAIMED_NOT_EFFECTED
@@ -39,7 +39,7 @@ from shared.db.ids import bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S, bounded
 from shared.db.move.mover import Tools
 from shared.db.move.place import settle_left
-from shared.db.move.port import MoveFailed
+from shared.db.move.port import LEASE_US_MAX, MoveFailed
 from shared.db.move.postgres_place import PostgresPlace
 from shared.db.outbox_rows import EVERY_BUCKET, insert_outbox_row
 from shared.db.port import (
@@ -93,7 +93,8 @@ _OWNED = f"SELECT bucket, epoch FROM tenfold_bucket WHERE state IN {OWNED_STATES
 _OWNS = f"SELECT 1 AS owns FROM tenfold_bucket WHERE bucket = $1 AND state IN {OWNED_STATES}"  # noqa: S608
 _IS_LEFT = """
 SELECT 1 AS is_left FROM tenfold_control.bucket_move
-WHERE bucket = $1 AND lease_until_us <= $2 AND phase NOT IN ('DONE', 'ABORTED')
+WHERE bucket = $1 AND phase NOT IN ('DONE', 'ABORTED')
+    AND (lease_until_us <= $2 OR lease_until_us > $3)
 """
 # A fenced bucket's rows are the newest there are until the fence's own time is over.
 _READABLE = """
@@ -716,7 +717,9 @@ class PostgresShards:
             return
         async with self.settling:
             with suppress(TenfoldError, MoveFailed, DatabaseRefused):
-                if await self.shards[0].fetch_all(_IS_LEFT, bucket, self.shards[0].now_us()):
+                now_us = self.shards[0].now_us()
+                latest_us = now_us + LEASE_US_MAX + CLOCKS_APART_US
+                if await self.shards[0].fetch_all(_IS_LEFT, bucket, now_us, latest_us):
                     tools = Tools(clock=self.shards[0].clock, collects=False)
                     await settle_left(self.place, bucket, tools)
 

@@ -47,7 +47,7 @@ _MOVE_IDS = "SELECT move_id FROM tenfold_control.bucket_move"
 _GIVERS = """
 SELECT bucket, src FROM (
     SELECT DISTINCT ON (bucket) bucket, src, dst, is_collected
-    FROM tenfold_control.bucket_move WHERE phase = 'DONE' ORDER BY bucket, move_id DESC
+    FROM tenfold_control.bucket_move WHERE phase = 'DONE' ORDER BY bucket, counter DESC
 ) AS last WHERE dst = $1 AND is_collected = 0
 """
 _POINT = """

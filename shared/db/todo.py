@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
+from shared.clock import CLOCKS_APART_US
 from shared.db.port import Shard, Transaction
 
 DUE_ROWS_MAX = 100
@@ -24,7 +25,7 @@ UPDATE todo SET tries = tries + 1, next_at_us = $4 WHERE bucket = $1 AND id = $2
 """
 _DUE = f"""
 SELECT bucket, id, kind, tries, payload FROM todo
-WHERE kind = $1 AND next_at_us <= $2 AND tenfold_owned(bucket)
+WHERE kind = $1 AND (next_at_us <= $2 OR next_at_us > $3) AND tenfold_owned(bucket)
 ORDER BY next_at_us LIMIT {DUE_ROWS_MAX}
 """  # noqa: S608 - a constant of ours
 
@@ -49,7 +50,10 @@ class Todo:
 
 
 async def add_todo(tx: Transaction, todo: Todo, *, next_at_us: int) -> None:
-    """Make sure that the step is taken from next_at_us on; repeating it is harmless."""
+    """Make sure that the step is taken from next_at_us on; repeating it is harmless.
+
+    It is at most a minute from now.
+    """
     await tx.execute(_INSERT, todo.bucket, todo.id, todo.kind, next_at_us, todo.payload)
 
 
@@ -65,8 +69,11 @@ async def postpone_todo(tx: Transaction, todo: Todo, *, now_us: int) -> None:
 
 
 async def list_due_todos(shard: Shard, kind: str, *, now_us: int) -> Sequence[Todo]:
-    """Steps of one kind that are due on a shard, the longest due first; at most 100."""
-    rows = await shard.fetch_all(_DUE, kind, now_us)
+    """Steps of one kind that are due on a shard, the longest due first; at most 100.
+
+    One that is due later than any can be was put off before the clock was set back.
+    """
+    rows = await shard.fetch_all(_DUE, kind, now_us, now_us + BACKOFF_MAX_US + CLOCKS_APART_US)
     return [
         Todo(row["bucket"], row["id"], row["kind"], row["payload"], row["tries"]) for row in rows
     ]

@@ -16,6 +16,7 @@ The value's row lives in the value's bucket, what it names in its own (spec/data
 from dataclasses import dataclass
 from uuid import UUID
 
+from shared.clock import is_over
 from shared.db.ids import bucket_of, hash_bucket
 from shared.db.port import Reader, Row, Shards, Transaction
 from shared.errors import Aborted
@@ -113,7 +114,7 @@ async def claim_unique(
         if row["owner_id"] == claim_id:
             return None
         raise UniqueTaken(row["owner_id"])
-    if row["expires_at_us"] > now_us:
+    if not is_over(row["expires_at_us"], now_us=now_us, lasts_us=RESERVED_US):
         raise UniqueTaken(None)
     expired: UUID = row["claim_id"]
     return expired

@@ -191,9 +191,14 @@ async def take_over(
     highest = await control.highest_token(move.bucket)
     token = next_token(str(uuid4()), highest, held.token, there.token)
     lease_until_us = tools.after_us(tools.pace.lease_s)
-    since_us = max(move.lease_until_us, tools.now_us()) + 10**12 if is_forced else tools.now_us()
+    since_us = tools.now_us()
+    if is_forced or move.is_left(since_us):
+        since_us = max(move.lease_until_us, since_us) + (10**12 if is_forced else 0)
     if not await control.take_over(move, token, lease_until_us, since_us):
-        raise MoveRefused(f"the move of bucket {move.bucket} has ended, or its mover still works")
+        raise MoveRefused(
+            f"the move of bucket {move.bucket} has ended, or its mover still works: see "
+            "'tenfold shards status'"
+        )
     tools.visit("takeover")
     for side in (src, dst):
         if not await side.take(token):

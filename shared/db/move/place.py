@@ -82,7 +82,7 @@ async def settle_move(
 async def settle_left(place: Place, bucket: int, tools: Tools) -> None:
     """End the move of a bucket whose mover has died; nothing if it lives, or there is none."""
     for move in await place.control.list_moves(is_open=True):
-        if move.bucket == bucket and move.lease_until_us <= tools.now_us():
+        if move.bucket == bucket and move.is_left(tools.now_us()):
             with suppress(MoveRefused, MoveLost, MoveFailed):  # another was faster
                 await settle_move(place, move, tools, preference="abort")
 

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 from uuid import UUID
 
+from shared.clock import is_over
 from shared.db.move.protocol import NOBODY, Change, Decision, Phase, State, Token
 from shared.db.shards import BucketMap
 
 Key = tuple[object, ...]
 """The columns that tell a row from the others of its bucket, in the order of its table's key."""
+
+
+LEASE_US_MAX = 60_000_000
 
 
 class MoveRefused(Exception):
@@ -45,6 +49,10 @@ class Move:
     lease_until_us: int
     facts: str
     reason: str = ""
+
+    def is_left(self, now_us: int) -> bool:
+        """Whether its mover has died, as far as its lease tells."""
+        return is_over(self.lease_until_us, now_us=now_us, lasts_us=LEASE_US_MAX)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import asyncpg
 
 from shared.db.errors import DatabaseRefused
 from shared.db.limits import CLOSE_S_MAX
-from shared.db.move.port import Move, MoveFailed, MoveRefused
+from shared.db.move.port import Move, MoveFailed
 from shared.db.move.protocol import NOBODY, Decision, Phase, Token
-from shared.db.move.sqlite_control import map_of_rows, refused
+from shared.db.move.sqlite_control import just_ended, map_of_rows, refused
 from shared.db.postgres_connection import ERRORS, Server
 from shared.db.postgres_primary import connect_to_primary
 from shared.db.shards import BucketMap
@@ -106,7 +106,7 @@ class PostgresControl:
             for other in await self.list_moves(is_open=True):
                 if other.bucket == move.bucket or other.src == move.src:
                     raise refused(move, other) from error
-            raise MoveRefused("another move has just ended: try again") from error
+            raise just_ended(move) from error
 
     async def decide(self, move: Move, decision: Decision, reason: str = "") -> bool:
         """See Control.decide."""

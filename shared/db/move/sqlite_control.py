@@ -82,7 +82,7 @@ class SqliteControl:
             for other in await self.list_moves(is_open=True):
                 if other.bucket == move.bucket or other.src == move.src:
                     raise refused(move, other) from error
-            raise
+            raise just_ended(move) from error
 
     async def decide(self, move: Move, decision: Decision, reason: str = "") -> bool:
         """See Control.decide."""
@@ -202,6 +202,13 @@ def refused(move: Move, other: Move) -> MoveRefused:
     return MoveRefused(
         f"{what} is on a move already (bucket {other.bucket} from shard {other.src} to "
         f"{other.dst}, {other.phase}): let it end, or abort it"
+    )
+
+
+def just_ended(move: Move) -> MoveRefused:
+    """Why a move cannot begin although nobody is in its way any more."""
+    return MoveRefused(
+        f"a move of bucket {move.bucket}, or from shard {move.src}, has just ended: try again"
     )
 
 
