@@ -10,14 +10,14 @@ from tests.integration.shared.db.move.grounds import Databases
 from tests.integration.shared.db.move.journal import read_books
 from tests.postgres import running_postgres
 
-WAYS = ("kill", "stop")
+WAYS = ("kill", "sleep")
 
 
 def run(*, rounds: int) -> dict[str, object]:
     """Tell the story of every step so often, while writers go on.
 
     Args:
-        rounds: of all steps, each killed once and stopped once.
+        rounds: of all steps; after each a mover is killed, and another sleeps until the next move.
     """
     with running_postgres() as server, tempfile.TemporaryDirectory() as folder:
 

@@ -43,6 +43,14 @@ def test_a_mover_that_ends_or_sleeps_after_any_step_leaves_nothing_that_stays(
     assert sqlite_arena.tell(failpoint, how) == []
 
 
+# They have rows in their hands that will be old.
+@pytest.mark.parametrize("failpoint", ["copy.read", "catch.read", "drain.read"])
+def test_a_mover_that_wakes_up_in_the_midst_of_the_next_move_changes_nothing(
+    sqlite_arena, failpoint
+):
+    assert sqlite_arena.tell(failpoint, "sleep") == []
+
+
 @pytest.mark.parametrize("how", ["kill", "stop"])
 @pytest.mark.parametrize("failpoint", STEPS)
 def test_and_so_on_postgres_at_the_steps_that_writers_wait_for(postgres_arena, failpoint, how):
