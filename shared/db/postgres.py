@@ -13,11 +13,9 @@ a crash Postgres may give the number of a lost transaction to another one.
 import asyncio
 import hashlib
 import random
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
-    AbstractContextManager,
     asynccontextmanager,
     nullcontext,
     suppress,
@@ -33,8 +31,10 @@ from shared import causal, deadline
 from shared.clock import CLOCKS_APART_US, Clock, to_us
 from shared.db import limits
 from shared.db import once as once_rules
+from shared.db.causal_reader import CausalReader
 from shared.db.crash_points import AFTER_COMMIT, BEFORE_COMMIT, CLAIMED_NOT_EFFECTED
 from shared.db.errors import BucketElsewhere, DatabaseRefused
+from shared.db.following import Following
 from shared.db.ids import bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S, bounded
 from shared.db.move.mover import Tools
@@ -84,9 +84,7 @@ READERS_MAX = 4
 # Short: a caller whose time is over waits for this, too.
 UNDO_S_MAX = 0.1
 RESOLVE_S_MAX = 5.0
-# How long a call follows a bucket that is on its way before it says so (spec/data.md §4).
-FOLLOW_S_MAX = 2.0
-FOLLOW_PAUSE_S = 0.03
+RESOLVE_PAUSE_S = 0.03
 _TRIES_ON_LOST_CONNECTION = 2
 
 _OWNED = f"SELECT bucket, epoch FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
@@ -281,9 +279,11 @@ class PostgresShard:
             answered = await self.answer_of_replica(lambda lent: _covered(lent, sql, arguments))
             if answered is not None:
                 return answered
-        with self.spilling() if is_causal else nullcontext():
-            async with self.readers.lend() as connection:
-                return await _covered(connection, sql, arguments)
+        async with (
+            self.spilling() if is_causal else nullcontext(),
+            self.readers.lend() as connection,
+        ):
+            return await _covered(connection, sql, arguments)
 
     async def answer_of_replica(
         self, ask: Callable[[Connection], Awaitable[Answer]]
@@ -296,7 +296,7 @@ class PostgresShard:
             return None
         return await self.replicas.answer(seen, ask)
 
-    def spilling(self) -> AbstractContextManager[None]:
+    def spilling(self) -> AbstractAsyncContextManager[None]:
         """What such a read is at the primary; see Replicas.spilling."""
         if self.replicas is None or not _may_lag(causal.current()):
             return nullcontext()
@@ -469,6 +469,20 @@ class PostgresBucket:
                 if self.shards.shard_of(self.number) is shard:  # else another call has found it
                     await following.step(elsewhere)
 
+    async def fetch_causally(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See CausalBucket.fetch_causally."""
+        shard = self.shards.shard_of(self.number)
+
+        async def ask(lent: Connection) -> Sequence[Row]:
+            owned = owned_read(sql, len(arguments))
+            return _rows_of(await lent.fetch(owned, (*arguments, self.number)), self.number)
+
+        answered = await shard.answer_of_replica(ask)
+        if answered is not None:
+            return answered
+        async with shard.spilling():
+            return await self.fetch_all(sql, *arguments)
+
     def transaction(
         self, once: Once | None = None, *, also: Collection[int] = ()
     ) -> AbstractAsyncContextManager[Transaction]:
@@ -545,32 +559,6 @@ class PostgresBucket:
         return self.shards.shard_of(self.number).now_us()
 
 
-@dataclass(frozen=True)
-class CausalReader:
-    """See Bucket.causal."""
-
-    bucket: PostgresBucket
-
-    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
-        """See Reader.fetch_one."""
-        return only(await self.fetch_all(sql, *arguments))
-
-    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
-        """See Reader.fetch_all."""
-        number = self.bucket.number
-        shard = self.bucket.shards.shard_of(number)
-
-        async def ask(lent: Connection) -> Sequence[Row]:
-            owned = owned_read(sql, len(arguments))
-            return _rows_of(await lent.fetch(owned, (*arguments, number)), number)
-
-        answered = await shard.answer_of_replica(ask)
-        if answered is not None:
-            return answered
-        with shard.spilling():
-            return await self.bucket.fetch_all(sql, *arguments)
-
-
 class BucketTurn:
     """A Turn on whatever shard has these buckets now.
 
@@ -640,30 +628,6 @@ def admission_of(buckets: Collection[int], key: Once | None) -> str:
     content = f"{key.scope}\0{key.request_id}".encode()
     number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), signed=True)
     return f"{admission}; SELECT pg_advisory_xact_lock({number})"
-
-
-class Following:
-    """One call's patience with a bucket that is not where the map says."""
-
-    def __init__(self, shards: "PostgresShards") -> None:
-        self._shards = shards
-        self._ends_s = time.monotonic() + FOLLOW_S_MAX
-
-    async def step(self, elsewhere: BucketElsewhere) -> None:
-        """Find the bucket, or wait a little.
-
-        Raises:
-            Unavailable: it is nowhere for too long.
-        """
-        if await self._shards.locate(elsewhere.bucket):
-            return
-        if time.monotonic() > self._ends_s:
-            raise Unavailable(
-                "this part of the data is moving; try again",
-                metadata={"bucket": str(elsewhere.bucket)},
-                retry_after_s=RETRY_AFTER_S,
-            ) from elsewhere
-        await _pause()
 
 
 @dataclass
@@ -852,7 +816,7 @@ async def _undo(connection: Connection) -> None:
 
 
 async def _pause() -> None:
-    await asyncio.sleep(FOLLOW_PAUSE_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
+    await asyncio.sleep(RESOLVE_PAUSE_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
 
 
 def _without_marks(row: dict[str, Any]) -> Row:

@@ -17,8 +17,8 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -41,8 +41,14 @@ WATCHED_S = 5.0
 # vain, not at all for a while: it is further behind than a caller can wait.
 WAITS_S = (0.005, 0.01)
 IN_VAIN_S = 0.25
-# Reads that wait for the primary in place of a replica; more would take it along.
+# Reads that go to the primary in place of a replica: half of its connections for reading at
+# once, and so many more that wait. Without it, replicas that lag would take the primary along.
+SPILLED_CONNECTIONS_MAX = 2
 SPILLED_MAX = 64
+SPILLED_WAIT_S_MAX = 5.0
+# Of a host's time to answer: how much the last answer counts, and when half is forgotten.
+LATENCY_WEIGHT = 0.2
+LATENCY_HALF_LIFE_S = 5.0
 _LOG_ENTRIES_MAX = 128
 
 _ASK = f"""
@@ -100,6 +106,24 @@ class PrimaryLog:
         return next((at_s for at_s, end in reversed(self._ends) if end <= lsn), -math.inf)
 
 
+class Latency:
+    """How long a host takes to answer, smoothed; forgotten, so that a slow one is tried again."""
+
+    def __init__(self) -> None:
+        self._smoothed_s = 0.0
+        self._at_s = 0.0
+
+    def note(self, took_s: float, now_s: float) -> None:
+        """It has answered, or was given up, after so long."""
+        known_s = self.now(now_s)
+        self._smoothed_s = known_s + LATENCY_WEIGHT * (took_s - known_s)
+        self._at_s = now_s
+
+    def now(self, now_s: float) -> float:
+        """Seconds; 0 where nothing is known."""
+        return float(self._smoothed_s * 0.5 ** ((now_s - self._at_s) / LATENCY_HALF_LIFE_S))
+
+
 class Host:
     """One host of a shard, as it was when last asked; a Target for its pool.
 
@@ -109,6 +133,7 @@ class Host:
         replayed: how far it had replayed the log.
         asked_s: when that was asked, monotonic; -inf for never.
         as_of_s: it has all that the primary had at this moment, monotonic.
+        latency: of its answers.
     """
 
     timeline: int | None = None
@@ -121,8 +146,14 @@ class Host:
         self.replayed = 0
         self.asked_s = self.as_of_s = -math.inf
         self.answered_count = 0
+        self.latency = Latency()
         self._is_banned = False
         self._in_vain_until_s = -math.inf
+
+    @property
+    def cost_s(self) -> float:
+        """What one more read would wait for: those before it, each as long as they take."""
+        return (self.pool.lent_count + 1) * self.latency.now(time.monotonic())
 
     def is_fresh(self, guard: LagGuard) -> bool:
         """Whether the lag guard lets it answer now."""
@@ -178,6 +209,10 @@ class Replicas:
     _wanted_until_s: float = -math.inf
     _spilled_now: int = 0
 
+    def __post_init__(self) -> None:
+        """The primary's connections that spilled reads may hold."""
+        self._turns = asyncio.Semaphore(SPILLED_CONNECTIONS_MAX)
+
     @property
     def answered_count(self) -> int:
         """Reads that a replica has answered."""
@@ -210,27 +245,43 @@ class Replicas:
         self, host: Host, needed: Needed, ask: Callable[[Connection], Awaitable[Answer]]
     ) -> Answer | None:
         # Half of the time, so that a frozen replica leaves enough for the primary.
-        limit_s = deadline.timeout_s(STATEMENT_S_MAX) / 2
-        async with bounded(limit_s, _SLOW), host.pool.lend() as connection:
-            return await ask(connection) if await host.has(needed, connection) else None
+        limit_s, asked_s = deadline.timeout_s(STATEMENT_S_MAX) / 2, time.monotonic()
+        try:
+            async with bounded(limit_s, _SLOW), host.pool.lend() as connection:
+                answered = await ask(connection) if await host.has(needed, connection) else None
+        except _ASK_THE_PRIMARY:
+            host.latency.note(limit_s, time.monotonic())
+            raise
+        now_s = time.monotonic()
+        host.latency.note(now_s - asked_s, now_s)
+        return answered
 
-    @contextmanager
-    def spilling(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def spilling(self) -> AsyncIterator[None]:
         """Read at the primary in place of a replica.
 
         Raises:
-            Unavailable: too many do.
+            Unavailable: too many do, or have done so for too long.
         """
         if self._spilled_now >= SPILLED_MAX:
-            raise Unavailable(
-                "no replica is new enough, and too many wait for the primary",
-                retry_after_s=RETRY_AFTER_S,
-            )
+            raise _spilled_over()
         self._spilled_now += 1
         try:
-            yield
+            await self._take_turn()
+            try:
+                yield
+            finally:
+                self._turns.release()
         finally:
             self._spilled_now -= 1
+
+    async def _take_turn(self) -> None:
+        left_s = deadline.timeout_s(SPILLED_WAIT_S_MAX)
+        try:
+            async with asyncio.timeout(left_s):
+                await self._turns.acquire()
+        except TimeoutError as error:
+            raise _spilled_over() from error
 
     def _choose(self, seen: Seen) -> Host | None:
         needed = seen.needed(self.place)
@@ -243,9 +294,9 @@ class Replicas:
         ready = [host for host in usable if host.replayed >= needed.lsn]
         if not ready:
             return max(usable, key=lambda host: host.replayed)
-        # The less busy of two: those in a hurry do not all go to the same one.
+        # The cheaper of two: those in a hurry do not all go to the same one.
         two = random.sample(ready, min(2, len(ready)))
-        return min(two, key=lambda host: host.pool.lent_count)
+        return min(two, key=lambda host: host.cost_s)
 
     def _is_usable(self, host: Host, needed: Needed) -> bool:
         is_current = host.known_timeline == self._log.timeline
@@ -332,6 +383,12 @@ async def _log_end(connection: Connection) -> Position:
     except (TenfoldError, *ERRORS):  # the commit has happened, whatever becomes of this
         return _unknown()
     return Position(row["timeline"], row["lsn"], time.time())
+
+
+def _spilled_over() -> Unavailable:
+    return Unavailable(
+        "no replica is new enough, and too many wait for the primary", retry_after_s=RETRY_AFTER_S
+    )
 
 
 def _unknown() -> Position:

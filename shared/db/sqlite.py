@@ -25,6 +25,7 @@ from shared import causal, deadline
 from shared.clock import Clock, to_us
 from shared.db import once as once_rules
 from shared.db import sqlite_files
+from shared.db.causal_reader import CausalReader
 from shared.db.crash_points import CLAIMED_NOT_EFFECTED
 from shared.db.errors import BucketElsewhere, DatabaseRefused
 from shared.db.following import Following, moving
@@ -292,6 +293,11 @@ class SqliteBucket:
             except BucketElsewhere as elsewhere:
                 await following.step(elsewhere)
 
+    async def fetch_causally(self, sql: str, *arguments: object) -> Sequence[Row]:
+        """See CausalBucket.fetch_causally."""
+        self.shard.require_no_decision()
+        return await self.fetch_all(sql, *arguments)
+
     @asynccontextmanager
     async def transaction(
         self, once: Once | None = None, *, also: Collection[int] = ()
@@ -362,22 +368,6 @@ class SqliteBucket:
         for bucket in also:
             if self.shards.shard_of(bucket) is not self.shard:
                 raise ValueError(f"buckets {self.number} and {bucket} are on different shards")
-
-
-@dataclass(frozen=True)
-class CausalReader:
-    """See Bucket.causal."""
-
-    bucket: SqliteBucket
-
-    async def fetch_one(self, sql: str, *arguments: object) -> Row | None:
-        """See Reader.fetch_one."""
-        return only(await self.fetch_all(sql, *arguments))
-
-    async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
-        """See Reader.fetch_all."""
-        self.bucket.shard.require_no_decision()
-        return await self.bucket.fetch_all(sql, *arguments)
 
 
 @dataclass

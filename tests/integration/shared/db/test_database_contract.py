@@ -12,7 +12,7 @@ import pytest
 
 from shared import causal
 from shared.causal import Seen
-from shared.db import limits, postgres
+from shared.db import following, limits
 from shared.db.errors import BucketNotAdmitted, ConstraintViolation, UniqueViolation
 from shared.db.ids import new_id
 from shared.db.port import OutboxRow
@@ -161,7 +161,7 @@ async def test_an_id_in_another_bucket_than_its_row_is_refused(shards):
 async def test_a_bucket_that_the_shard_may_not_write_is_unavailable(
     engine, shards, state, monkeypatch
 ):
-    monkeypatch.setattr(postgres, "FOLLOW_S_MAX", 0.1)
+    monkeypatch.setattr(following, "FOLLOW_S_MAX", 0.1)
     await engine.run_raw(0, f"UPDATE tenfold_bucket SET state = '{state}' WHERE bucket = {NEAR}")
     with pytest.raises(Unavailable) as caught:
         async with shards.bucket(NEAR).transaction():

@@ -125,7 +125,7 @@ async def test_a_batch_over_a_thousand_buckets_takes_at_most_64_locks(place):
 
 
 async def test_a_fenced_bucket_is_read_until_its_time_is_over(place, shards, monkeypatch):
-    monkeypatch.setattr("shared.db.postgres.FOLLOW_S_MAX", 0.1)
+    monkeypatch.setattr("shared.db.following.FOLLOW_S_MAX", 0.1)
     async with shards.bucket(NEAR).transaction() as tx:
         await add_thing(tx, "a")
     fence = "UPDATE tenfold_bucket SET state = 'FENCED', fence_until_us = {} WHERE bucket = 77"

@@ -1,15 +1,16 @@
 """Replicas answer although they lag, and nobody ever misses a write of its own."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 
 import pytest
 
 from deploy.local.address import free_addresses
 from shared import causal
 from shared.causal import Position, Seen
-from shared.db import postgres_replicas
+from shared.db import postgres, postgres_replicas
 from shared.db.ids import new_id
 from shared.db.port import Shards
 from shared.db.postgres import open_postgres_shards
@@ -174,6 +175,36 @@ async def test_more_than_the_primary_can_take_in_place_of_replicas_is_refused(sh
     with pytest.raises(Unavailable, match="no replica is new enough"):
         await read(shards, row, token=token)
     assert await read(shards, row, may_lag=False)
+
+
+async def test_reads_in_place_of_replicas_leave_connections_for_those_that_need_the_primary(
+    shards, monkeypatch
+):
+    replicas = replicas_of(shards)
+    monkeypatch.setattr(postgres_replicas, "_LOG_END", "SELECT 1 / 0")  # no replica has that
+    row, token = await write(shards)
+    async with AsyncExitStack() as stack:
+        for _ in range(postgres_replicas.SPILLED_CONNECTIONS_MAX):
+            await stack.enter_async_context(replicas.spilling())
+        spilled = asyncio.create_task(read(shards, row, token=token))
+        for _ in range(20):
+            assert await read(shards, row, may_lag=False)
+        assert not spilled.done()
+    assert await spilled
+    assert postgres_replicas.SPILLED_CONNECTIONS_MAX < postgres.READERS_MAX
+
+
+async def test_of_two_replicas_the_one_that_answers_faster_is_asked(shards):
+    await until_answering(shards, 2)
+    slow, fast = (host for host in replicas_of(shards).hosts if host.is_replica)
+    for host, took_s in ((slow, 1.0), (fast, 0.0001)):
+        for _ in range(50):
+            host.latency.note(took_s, time.monotonic())
+    before = slow.answered_count, fast.answered_count
+    for _ in range(20):
+        await read(shards, new_id(NEAR))
+    assert slow.answered_count == before[0]
+    assert fast.answered_count == before[1] + 20
 
 
 async def test_replicas_answer_scatter_reads_with_all_that_their_caller_wrote(shards):

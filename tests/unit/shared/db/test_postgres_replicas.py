@@ -1,6 +1,8 @@
 import math
 
-from shared.db.postgres_replicas import PrimaryLog
+import pytest
+
+from shared.db.postgres_replicas import LATENCY_HALF_LIFE_S, Latency, PrimaryLog
 
 
 def test_a_replica_is_as_new_as_the_last_moment_at_which_the_log_was_no_further():
@@ -27,3 +29,21 @@ def test_a_promotion_begins_a_new_log_and_the_past_has_nothing_to_say():
     assert log.last_within_s(49) == -math.inf
     log.note(1, 40, 3.0)
     assert (log.timeline, log.last_within_s(60)) == (2, 2.0)
+
+
+def test_a_hosts_time_to_answer_follows_its_last_answers():
+    latency = Latency()
+    assert latency.now(0.0) == 0.0
+    for number in range(60):
+        latency.note(0.1, number / 1000)
+    assert latency.now(0.06) == pytest.approx(0.1, rel=0.05)
+    latency.note(0.2, 0.06)
+    assert 0.11 < latency.now(0.06) < 0.13
+
+
+def test_a_host_that_nobody_asks_any_more_is_soon_as_good_as_new():
+    latency = Latency()
+    latency.note(10.0, 0.0)
+    before = latency.now(0.0)
+    assert latency.now(LATENCY_HALF_LIFE_S) == pytest.approx(before / 2)
+    assert latency.now(20 * LATENCY_HALF_LIFE_S) < 0.001
