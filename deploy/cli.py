@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,9 @@ from deploy.quota_commands import quota_app
 from deploy.settings import PREFIX, load_settings, require_known, value_of
 from deploy.shards_commands import shards_app
 from shared.config import ConfigError, ProcessConfig, load
+
+if TYPE_CHECKING:
+    from deploy.local.replication import Node
 
 DOWN_TIMEOUT_S = 45.0  # Above the sum of what the launcher gives its children.
 EDGE_SETTING = "TENFOLD_EDGE_LISTEN"
@@ -87,6 +91,14 @@ def up(
             help="Of a cluster: replicas of each. Default: as many as the folder has, else 1.",
         ),
     ] = None,
+    asynchronous: Annotated[
+        bool,
+        typer.Option(
+            "--asynchronous",
+            help="Of a cluster: a commit waits for no replica, so none is promoted when a primary "
+            "dies; that is started again.",
+        ),
+    ] = False,
     stop_with_parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Start the mesh in the foreground; Ctrl-C stops everything.
@@ -102,8 +114,10 @@ def up(
         die_with(stop_with_parent, signal.SIGTERM)  # make, which may be killed
     if profile not in {EMBEDDED, CLUSTER}:
         raise LaunchError(f"There is no profile '{profile}': use '{EMBEDDED}' or '{CLUSTER}'.")
-    if profile == EMBEDDED and (shards, replicas) != (None, None):
-        raise LaunchError(f"--shards and --replicas are of use only with --profile {CLUSTER}.")
+    if profile == EMBEDDED and (shards, replicas, asynchronous) != (None, None, False):
+        raise LaunchError(
+            f"--shards, --replicas and --asynchronous are of use only with --profile {CLUSTER}."
+        )
     settings = load_settings()
     require_known(os.environ, settings)
     try:
@@ -122,13 +136,20 @@ def up(
         return
     from deploy.local.cluster import run_cluster
 
-    run_cluster(launch, open_report(), shards=shards, replicas=replicas)
+    run_cluster(
+        launch,
+        open_report(),
+        shards=shards,
+        replicas=replicas,
+        is_synchronous=not asynchronous,
+    )
 
 
 @app.command()
 def status(data: DataOption = None, as_json: JsonOption = False) -> None:
     """Show what runs: each process, its address, its memory, and whether it is ready.
 
+    Of a cluster also which server is a shard's primary, and how far behind the standbys are.
     Exit code 0: the mesh is ready; 1: it is not, or it does not run.
     """
     folder = DataFolder(_data_path(data).absolute())
@@ -138,9 +159,11 @@ def status(data: DataOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         shown = {"running": bool(state), "ready": is_ready, "data": str(folder.path)}
         where = {"edge": state.get("edge"), "metrics": state.get("metrics", {})}
-        print(json.dumps({**shown, **where, "processes": rows}))
+        nodes = [node.row for node in _nodes_of(folder)] if state else []
+        print(json.dumps({**shown, **where, "processes": rows, "shards": nodes}))
     elif state:
         _print_status(state, rows)
+        _print_nodes(_nodes_of(folder))
     else:
         print(f"No mesh runs in {folder.path}; 'tenfold up' starts one.")
     raise typer.Exit(0 if is_ready else 1)
@@ -353,6 +376,27 @@ def _print_status(state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         print(
             f"{row['name']:<{width}} {row['pid']:>8}  {row['address']:<22} {memory:>8}"
             f"  {row['restarts']:>8}  {now}"
+        )
+
+
+def _nodes_of(folder: DataFolder) -> "Sequence[Node]":
+    databases = folder.read_databases()
+    if not databases:
+        return []
+    from deploy.local.replication import ask_nodes
+
+    return ask_nodes(databases)
+
+
+def _print_nodes(nodes: "Sequence[Node]") -> None:
+    if nodes:
+        print(f"\n{'shard':<5}  {'server':<18} {'address':<22} {'lag':>10}  role")
+    for node in nodes:
+        lag = "" if node.lag_bytes is None else f"{node.lag_bytes} bytes"
+        waited_for = ", commits wait for it" if node.is_synchronous else ""
+        print(
+            f"{node.shard:>5}  {node.name:<18} {node.address:<22} {lag:>10}"
+            f"  {node.role}{waited_for}"
         )
 
 

@@ -229,12 +229,12 @@ def promote(
     service, _, number = shard.partition("/")
     if not number.isascii() or not number.isdigit():
         raise LaunchError(f"{shard!r} names no shard: write it as media/1.")
-    if not os.environ.get(f"TENFOLD_{service.upper()}_DATABASE") and _cluster_databases(
-        data or Path(value_of(DATA_SETTING, os.environ, load_settings()))
-    ):
+    root = data or Path(value_of(DATA_SETTING, os.environ, load_settings()))
+    is_named = os.environ.get(f"TENFOLD_{service.upper()}_DATABASE")
+    if not is_named and DataFolder(root).read_databases():
         raise LaunchError(
-            "The cluster on this machine starts a primary that died again where it was, and would "
-            "have two after a promotion: 'promote' is for Postgres that you run."
+            "The cluster on this machine promotes by itself when a primary dies, and a promotion "
+            "by hand would be behind its back: 'promote' is for Postgres that you run."
         )
     with _place(service, data) as place:
         _print_promoted(_promoted(place, int(number), to), as_json=as_json)
@@ -335,7 +335,9 @@ def _place(service: str, data: Path | None) -> Iterator[Place]:
     if variable not in settings:
         raise LaunchError(f"There is no service '{service}' with shards.")
     root = data or Path(value_of(DATA_SETTING, os.environ, settings))
-    database = value_of(variable, os.environ, settings) or _cluster_databases(root).get(variable)
+    database = value_of(variable, os.environ, settings) or DataFolder(root).read_databases().get(
+        variable
+    )
     if not database:
         with _folder(service, data) as folder:
             yield folder
@@ -350,14 +352,6 @@ def _place(service: str, data: Path | None) -> Iterator[Place]:
         raise LaunchError(f"{variable} is not allowed: {error}.") from error
     with _told_in_a_sentence():
         yield PostgresPlace(servers)
-
-
-def _cluster_databases(root: Path) -> dict[str, str]:
-    """The settings of the cluster that runs in this data folder; empty if none does."""
-    try:
-        return dict(json.loads(DataFolder(root).databases.read_text()))
-    except FileNotFoundError:
-        return {}
 
 
 @contextmanager

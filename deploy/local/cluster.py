@@ -1,15 +1,17 @@
 """The cluster's shape on one machine: sharded Postgres, a NATS cluster, a process per service.
 
 Payment and the edge run twice. Each shard is one Postgres server with its replicas; it holds
-one database for each service.
+one database for each service. See shard.py for what happens when one dies.
 """
 
 import asyncio
 import json
+import logging
 import secrets
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import structlog
 
 from deploy.local import postgres, servers
 from deploy.local.address import Address, free_addresses, require_free
@@ -25,7 +27,11 @@ from deploy.local.errors import LaunchError
 from deploy.local.program import Program, accepts, answers_http_ok
 from deploy.local.report import Report
 from deploy.local.run import Run
+from deploy.local.shard import Shard
 from deploy.local.supervisor import Supervisor
+from shared.db.errors import DatabaseRefused
+from shared.db.postgres_gate import pass_gate
+from shared.db.postgres_shards import parse_servers
 
 SERVICES = ("auth", "media", "notification", "payment", "reporting")
 # The package of a service's contracts, where it has another name.
@@ -34,47 +40,6 @@ PACKAGES = {"payment": "ledger"}
 TWICE = 2
 NATS_NODES = 3
 SHARDS, REPLICAS = 4, 1
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One Postgres server and its replicas.
-
-    Attributes:
-        index: which; data knows its shard by it.
-        site: its place and passwords.
-        nodes: node -> where it listens; the first is the primary.
-    """
-
-    index: int
-    site: postgres.Site
-    nodes: Mapping[str, Address]
-
-    @property
-    def primary(self) -> Address:
-        """Where the primary answers."""
-        return self.nodes[postgres.PRIMARY]
-
-    @property
-    def replicas(self) -> list[str]:
-        """The other nodes."""
-        return [node for node in self.nodes if node != postgres.PRIMARY]
-
-    def dsn(self, database: str) -> str:
-        """How a service reaches it: every host, since the primary may become another."""
-        hosts = ",".join(str(address) for address in self.nodes.values())
-        return self.site.dsn(self.primary, database).replace(str(self.primary), hosts)
-
-    def program(self, node: str) -> Program:
-        """A node as a program; writes its settings."""
-        is_primary = node == postgres.PRIMARY
-        return postgres.postgres_program(
-            self.site,
-            self.nodes[node],
-            node=node,
-            name=f"postgres-{self.index}-{node}",
-            source=None if is_primary else self.primary,
-        )
 
 
 def shape_of(folder: DataFolder, *, shards: int | None, replicas: int | None) -> ClusterShape:
@@ -109,15 +74,23 @@ class Cluster(Run):
         shape: how large.
         folder: the open data folder.
         report: where progress goes.
+        is_synchronous: see Shard.
 
     Raises:
         LaunchError: a port is taken, or a program is missing.
     """
 
     def __init__(
-        self, launch: Launch, shape: ClusterShape, folder: DataFolder, report: Report
+        self,
+        launch: Launch,
+        shape: ClusterShape,
+        folder: DataFolder,
+        report: Report,
+        *,
+        is_synchronous: bool,
     ) -> None:
         super().__init__(folder, report)
+        self._is_synchronous = is_synchronous
         self._environ = launch.environ
         self._shape = shape
         self._nats_token, self._valkey_token = servers.new_token(), servers.new_token()
@@ -142,7 +115,7 @@ class Cluster(Run):
         self._shards = [await self._open_shard(index) for index in range(self._shape.shards)]
         await _together(
             supervisor.start(*self._server_programs()),
-            *(self._start_shard(supervisor, shard) for shard in self._shards),
+            *(shard.start(supervisor, SERVICES) for shard in self._shards),
         )
         databases = json.dumps(self._databases())
         write_private(self._folder.databases, databases.encode())
@@ -152,19 +125,30 @@ class Cluster(Run):
     async def _open_shard(self, index: int) -> Shard:
         place = self._folder.postgres / self._shape.name / f"shard_{index}"
         site = await asyncio.to_thread(postgres.open_site, place, self._environ)
-        nodes = [postgres.PRIMARY, *_numbered("replica", self._shape.replicas, between="_")]
-        _require_one_primary(index, site, nodes)
-        return Shard(index, site, {node: self._places.take() for node in nodes})
-
-    async def _start_shard(self, supervisor: Supervisor, shard: Shard) -> None:
-        await asyncio.to_thread(postgres.make_primary, shard.site)
-        await supervisor.start(shard.program(postgres.PRIMARY))
-        await postgres.ensure_databases(
-            shard.site, shard.primary, SERVICES, replicas=shard.replicas
+        nodes = _numbered("node", 1 + self._shape.replicas, between="_")
+        return Shard(
+            index,
+            site,
+            {node: self._places.take() for node in nodes},
+            say=self._report.say,
+            on_promoted=self._pass_gates,
+            is_synchronous=self._is_synchronous,
         )
-        for node in shard.replicas:
-            await asyncio.to_thread(postgres.make_replica, shard.site, node, shard.primary)
-        await supervisor.start(*(shard.program(node) for node in shard.replicas))
+
+    async def _pass_gates(self, index: int) -> None:
+        """Compare a promoted shard with each service's Control, as services do that meet it."""
+
+        async def pass_one(service: str, dsns: str) -> None:
+            try:
+                done = await pass_gate(parse_servers(dsns, service=service), index)
+            except DatabaseRefused as error:
+                self._report.say(f"{error}; whoever uses it next tries again")
+                return
+            for problem in done.problems:
+                self._report.say(f"shard {index} of {service}: {problem}")
+
+        databases = zip(SERVICES, self._databases().values(), strict=True)
+        await asyncio.gather(*(pass_one(service, dsns) for service, dsns in databases))
 
     def _server_programs(self) -> list[Program]:
         folder, environ = self._folder, self._environ
@@ -272,7 +256,12 @@ class Cluster(Run):
 
 
 def run_cluster(
-    launch: Launch, report: Report, *, shards: int | None = None, replicas: int | None = None
+    launch: Launch,
+    report: Report,
+    *,
+    shards: int | None = None,
+    replicas: int | None = None,
+    is_synchronous: bool = True,
 ) -> None:
     """Run the cluster in the foreground until a signal ends it.
 
@@ -281,6 +270,7 @@ def run_cluster(
         report: where progress goes.
         shards: Postgres servers, 1 to 16; None for what the folder has, else 4.
         replicas: of each, 0 to 3; None for what the folder has, else 1.
+        is_synchronous: see Shard.
 
     Raises:
         LaunchError: one sentence why it cannot start or go on.
@@ -290,8 +280,11 @@ def run_cluster(
         shape = shape_of(folder, shards=shards, replicas=replicas)
         folder.write_cluster(shape)
         folder.make_keys()
+        # What the gate has to tell is told by the report.
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+        run = Cluster(launch, shape, folder, report, is_synchronous=is_synchronous)
         try:
-            asyncio.run(Cluster(launch, shape, folder, report).run())
+            asyncio.run(run.run())
         finally:
             report.done()
             folder.databases.unlink(missing_ok=True)
@@ -319,22 +312,6 @@ def _edges_at(first: Address) -> list[Address]:
     for edge in edges:
         require_free(edge, setting=f"--edge or {EDGE_SETTING}")
     return edges
-
-
-def _require_one_primary(index: int, site: postgres.Site, nodes: Sequence[str]) -> None:
-    """Refuse to start two servers that both take a shard's writes.
-
-    Raises:
-        LaunchError: a replica was promoted by hand, and only its operator knows which is right.
-    """
-    made = [node for node in nodes if site.data_of(node).exists()]
-    primaries = [node for node in made if not (site.data_of(node) / "standby.signal").exists()]
-    if made and primaries != [postgres.PRIMARY]:
-        found = ", ".join(primaries) or "none"
-        raise LaunchError(
-            f"Shard {index} must have one primary, in {site.data_of(postgres.PRIMARY)}, and has "
-            f"{found}: move the folder of the promoted one there, and those of the others away."
-        )
 
 
 def _numbered(name: str, count: int, *, between: str = "-") -> list[str]:

@@ -76,6 +76,13 @@ class DataFolder:
         """Nothing runs any more."""
         (self.path / STATE_FILE).unlink(missing_ok=True)
 
+    def read_databases(self) -> dict[str, str]:
+        """The services' database settings while a cluster runs here; empty if none does."""
+        try:
+            return dict(json.loads(self.databases.read_text()))
+        except FileNotFoundError:
+            return {}
+
     def read_cluster(self) -> "ClusterShape | None":
         """The cluster whose data is here; None if none was made.
 

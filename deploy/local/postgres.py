@@ -2,7 +2,8 @@
 
 A site is one server's place on this machine: two passwords, and one data folder for each
 node. Whether a node is a replica is told by its own folder (standby.signal), so a promoted
-replica comes back as the primary that it has become.
+replica comes back as the primary that it has become. A primary whose replica is about to be
+promoted has its folder renamed first: no start takes it for a server any more.
 """
 
 import os
@@ -12,9 +13,12 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import asyncpg
@@ -23,7 +27,8 @@ from deploy.local import binaries
 from deploy.local.address import Address
 from deploy.local.data_folder import write_private
 from deploy.local.errors import LaunchError
-from deploy.local.program import Program, answers
+from deploy.local.processes import processes_in
+from deploy.local.program import Probe, Program, Successor, answers, speaks
 from deploy.local.servers import STOP_RANK
 from deploy.local.supervisor import WRAPPER
 from deploy.local.unprivileged import (
@@ -36,14 +41,21 @@ from deploy.local.unprivileged import (
 )
 
 PRIMARY = "primary"
+"""The node of a site that is asked for no other."""
+
+SIGNAL = "standby.signal"
 ADMIN = "postgres"
 """The superuser: for the launcher and for replication."""
 
 OWNER = "tenfold"
 """Who owns the databases and serves them; no superuser, or triggers could be got round."""
 
+# What a data folder is called after it was fenced, and while one is being made.
+FENCED, PARTIAL = "fenced", "partial"
 MAKE_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
+ADMIN_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
 
 CONFIG = """\
@@ -66,6 +78,10 @@ max_wal_senders = 10
 max_replication_slots = 10
 max_slot_wal_keep_size = 2GB
 hot_standby = on
+# A replica says every second that it lives, and is back soon after it was away.
+wal_receiver_status_interval = 1s
+wal_retrieve_retry_interval = 500ms
+wal_sender_timeout = 10s
 # A client lost to a partition cannot hold a bucket.
 idle_in_transaction_session_timeout = 10s
 tcp_keepalives_idle = 10
@@ -77,11 +93,21 @@ NOT_DURABLE = """\
 # For tests: a power cut may leave nothing that can be read.
 fsync = off
 full_page_writes = off
+# In place of checksums: pg_rewind needs one of them.
+wal_log_hints = on
 """
 REPLICA = """\
 primary_conninfo = '{source}'
 primary_slot_name = '{slot}'
 """
+SYNCHRONOUS = """\
+# A commit is acknowledged when one of these has it on its disk, too.
+synchronous_standby_names = '{names}'
+"""
+# A start-up packet: a server that is ready asks for the password ("R").
+_HELLO_BODY = struct.pack("!i", 196608) + f"user\0{OWNER}\0database\0postgres\0\0".encode()
+HELLO = struct.pack("!i", len(_HELLO_BODY) + 4) + _HELLO_BODY
+
 CLIENTS = """\
 # Written by the launcher at every start.
 host all all all scram-sha-256
@@ -94,7 +120,7 @@ class Site:
     """One server's place. Make it with open_site.
 
     Attributes:
-        programs: the folder of postgres, initdb and pg_basebackup.
+        programs: the folder of postgres, initdb, pg_basebackup and pg_rewind.
         folder: holds the nodes' data folders and the passwords.
         user: who runs them; None for us.
         password: OWNER's.
@@ -112,6 +138,14 @@ class Site:
     def data_of(self, node: str) -> Path:
         """Where a node keeps its data."""
         return self.folder / node
+
+    def fenced_of(self, node: str) -> Path:
+        """Where the data of a node is that may not be started any more."""
+        return self.folder / f"{node}.{FENCED}"
+
+    def is_replica(self, node: str) -> bool:
+        """Whether the node's data is a replica's."""
+        return (self.data_of(node) / SIGNAL).exists()
 
     def dsn(self, address: Address, database: str) -> str:
         """How a service reaches a database."""
@@ -146,8 +180,12 @@ def open_site(folder: Path, environ: Mapping[str, str], *, is_durable: bool = Tr
     )
 
 
-def make_primary(site: Site) -> None:
+def make_primary(site: Site, node: str = PRIMARY) -> None:
     """Make the data folder of a new server, unless it is there. Blocking; safe to repeat.
+
+    Args:
+        site: where.
+        node: what it is called.
 
     Raises:
         LaunchError: initdb failed; the sentence has its last line.
@@ -168,7 +206,7 @@ def make_primary(site: Site) -> None:
         finally:
             secret.unlink()
 
-    _make_data(site, PRIMARY, make)
+    _make_data(site, node, make)
 
 
 def make_replica(site: Site, node: str, primary: Address) -> None:
@@ -191,10 +229,79 @@ def make_replica(site: Site, node: str, primary: Address) -> None:
             *("--host", primary.host, "--port", str(primary.port), "--username", ADMIN),
             *([] if site.is_durable else ["--no-sync"]),
         )
-        (data / "standby.signal").touch(mode=0o600)
-        give_to(data / "standby.signal", site.user)
+        _make_replica_of(site, data)
 
     _make_data(site, node, make)
+
+
+def fence(site: Site, node: str) -> None:
+    """End a server for good, as it is: its data is kept, and never started as it was. Blocking.
+
+    Durable when it returns; a replica may be promoted then.
+
+    Raises:
+        LaunchError: a process of it cannot be ended.
+    """
+    end_server(site, node)
+    shutil.rmtree(site.fenced_of(node), ignore_errors=True)
+    site.data_of(node).rename(site.fenced_of(node))
+    _sync(site.folder)
+
+
+def take_back(site: Site, node: str) -> None:
+    """Undo a fence: no replica was promoted after all. Blocking."""
+    site.fenced_of(node).rename(site.data_of(node))
+    _sync(site.folder)
+
+
+def forget_fenced(site: Site, node: str) -> None:
+    """Remove what a fence has kept: the node has new data. Blocking."""
+    shutil.rmtree(site.fenced_of(node), ignore_errors=True)
+
+
+def end_server(site: Site, node: str) -> None:
+    """Kill what is left of a server: backends outlive it if it was killed. Blocking.
+
+    Raises:
+        LaunchError: one does not end.
+    """
+    deadline_s = time.monotonic() + END_TIMEOUT_S
+    while left := processes_in(site.data_of(node)):
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        if time.monotonic() > deadline_s:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise LaunchError(f"Processes of {site.data_of(node)} cannot be killed: {pids}.")
+        time.sleep(0.01)
+
+
+def rewind(site: Site, node: str, primary: Address) -> bool:
+    """Make a fenced server a replica by taking back what the new primary does not have. Blocking.
+
+    Args:
+        site: theirs.
+        node: the fenced one.
+        primary: where the one answers that was promoted, after a checkpoint.
+
+    Returns:
+        Whether that was possible; if not, nothing is left of the fenced data.
+    """
+    partial = site.folder / f"{node}.{PARTIAL}"
+    shutil.rmtree(partial, ignore_errors=True)
+    site.fenced_of(node).rename(partial)  # half done it is of no use to anybody
+    try:
+        _run(
+            site,
+            "pg_rewind",
+            *("--target-pgdata", str(partial), "--source-server", _source(primary)),
+            *([] if site.is_durable else ["--no-sync"]),
+        )
+    except LaunchError:
+        return False
+    _make_replica_of(site, partial)
+    partial.rename(site.data_of(node))
+    return True
 
 
 def postgres_program(
@@ -204,6 +311,8 @@ def postgres_program(
     node: str = PRIMARY,
     name: str = "",
     source: Address | None = None,
+    synchronous: Collection[str] = (),
+    successor: Successor | None = None,
 ) -> Program:
     """A node as a program; writes its settings.
 
@@ -213,28 +322,64 @@ def postgres_program(
         node: which of the site's.
         name: what the supervisor calls it; the node's own name by default.
         source: where the primary answers that a replica follows.
+        synchronous: see write_settings.
+        successor: see Program.
     """
     data = site.data_of(node)
-    settings = CONFIG.format(host=address.host, port=address.port)
-    if not site.is_durable:
-        settings += NOT_DURABLE
-    if source is not None:
-        settings += REPLICA.format(source=_conninfo(site, source, node), slot=node)
-    for file, text in (("postgresql.conf", settings), ("pg_hba.conf", CLIENTS)):
-        write_private(data / file, text.encode())
-        give_to(data / file, site.user)
+    write_settings(site, address, node=node, source=source, synchronous=synchronous)
     return Program(
         name=name or node,
         argv=[str(site.programs / "postgres"), "-D", str(data)],
         environment={"PATH": os.defpath, "LC_ALL": "C"},
         address=address,
-        is_ready=answers(address, send=_hello(), expect=b"R\0\0\0"),
+        is_ready=answers(address, send=HELLO, expect=b"R\0\0\0"),
         stop_rank=STOP_RANK,
         stop_timeout_s=STOP_TIMEOUT_S,
         # SIGTERM would wait for every client to leave; this ends them, and writes a checkpoint.
         stop_signal=signal.SIGINT,
         user=str(site.user or "-"),
+        successor=successor,
     )
+
+
+def write_settings(
+    site: Site,
+    address: Address,
+    *,
+    node: str,
+    source: Address | None = None,
+    synchronous: Collection[str] = (),
+) -> None:
+    """Write a node's settings; a server that runs takes them at pg_reload_conf().
+
+    Args:
+        site: where its data is.
+        address: where it listens.
+        node: which of the site's.
+        source: where the primary answers that a replica follows.
+        synchronous: one of these must have a commit before it is acknowledged; () for none.
+    """
+    settings = CONFIG.format(host=address.host, port=address.port)
+    if not site.is_durable:
+        settings += NOT_DURABLE
+    if source is not None:
+        settings += REPLICA.format(source=_conninfo(site, source, node), slot=node)
+    if synchronous:
+        settings += SYNCHRONOUS.format(names=synchronous_names(synchronous))
+    for file, text in (("postgresql.conf", settings), ("pg_hba.conf", CLIENTS)):
+        path = site.data_of(node) / file
+        write_private(path, text.encode())
+        give_to(path, site.user)
+
+
+def synchronous_names(nodes: Collection[str]) -> str:
+    """As the setting synchronous_standby_names has it: any one of them."""
+    return f"ANY 1 ({', '.join(sorted(nodes))})"
+
+
+def is_alive(address: Address) -> Probe:
+    """A probe: a server is there and says anything, if only that it is busy."""
+    return speaks(address, send=HELLO)
 
 
 async def ensure_databases(
@@ -248,8 +393,9 @@ async def ensure_databases(
         databases: plain names.
         replicas: the nodes that will follow it.
     """
-    admin = await asyncpg.connect(site.admin_dsn(primary), timeout=CONNECT_TIMEOUT_S)
-    try:
+    async with open_admin(site, primary) as admin:
+        # Replicas may not be there yet.
+        await admin.execute("SET synchronous_commit = local")
         if not await admin.fetchval("SELECT 1 FROM pg_roles WHERE rolname = $1", OWNER):
             await admin.execute(f"CREATE ROLE {OWNER} LOGIN")
         # SCRAM keeps no password that could be read back: set again, it is surely ours.
@@ -259,32 +405,59 @@ async def ensure_databases(
             if not await admin.fetchval(known, database):
                 await admin.execute(f'CREATE DATABASE "{database}" OWNER {OWNER}')
                 await admin.execute(f'REVOKE ALL ON DATABASE "{database}" FROM PUBLIC')
+        # What has been kept for a replica that was away for too long is of no use to it.
+        await admin.execute(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots "
+            "WHERE NOT active AND wal_status = 'lost'"
+        )
         for slot in replicas:
             known = "SELECT 1 FROM pg_replication_slots WHERE slot_name = $1"
             if not await admin.fetchval(known, slot):
                 await admin.fetchval("SELECT pg_create_physical_replication_slot($1, true)", slot)
-    finally:
+
+
+@asynccontextmanager
+async def open_admin(site: Site, address: Address) -> AsyncIterator[Any]:
+    """A connection of ADMIN's; no statement on it takes longer than ADMIN_TIMEOUT_S."""
+    admin = await asyncpg.connect(
+        site.admin_dsn(address), timeout=CONNECT_TIMEOUT_S, command_timeout=ADMIN_TIMEOUT_S
+    )
+    try:
+        yield admin
         await admin.close(timeout=CONNECT_TIMEOUT_S)
+    finally:
+        admin.terminate()
 
 
 async def promote(site: Site, replica: Address) -> None:
     """Make a replica the primary; the old one must not run any more."""
-    admin = await asyncpg.connect(site.admin_dsn(replica), timeout=CONNECT_TIMEOUT_S)
-    try:
-        if not await admin.fetchval("SELECT pg_promote(wait_seconds => 30)"):
+    async with open_admin(site, replica) as admin:
+        if not await admin.fetchval("SELECT pg_promote(wait_seconds => 30)", timeout=35):
             raise LaunchError(f"The replica at {replica} was not promoted in 30 s: see its log.")
-    finally:
-        await admin.close(timeout=CONNECT_TIMEOUT_S)
 
 
 def _make_data(site: Site, node: str, make: Callable[[Path], None]) -> None:
-    data, partial = site.data_of(node), site.folder / f"{node}.partial"
+    data, partial = site.data_of(node), site.folder / f"{node}.{PARTIAL}"
     if data.exists():
         return
     shutil.rmtree(partial, ignore_errors=True)
     make_private_folder(partial, site.user)
     make(partial)
     partial.rename(data)  # whole or not at all, however we end
+
+
+def _make_replica_of(site: Site, data: Path) -> None:
+    (data / SIGNAL).touch(mode=0o600)
+    give_to(data / SIGNAL, site.user)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _run(site: Site, program: str, *arguments: str) -> None:
@@ -316,13 +489,10 @@ def _dsn(user: str, password: str, address: Address, database: str) -> str:
 
 
 def _conninfo(site: Site, address: Address, name: str) -> str:
-    return (
-        f"host={address.host} port={address.port} user={ADMIN} password={site.admin_password} "
-        f"dbname=postgres application_name={name} connect_timeout=5"
-    )
+    return f"{_source(address)} password={site.admin_password} application_name={name}"
 
 
-def _hello() -> bytes:
-    """A start-up packet: a server that is ready asks for the password ("R")."""
-    body = struct.pack("!i", 196608) + f"user\0{OWNER}\0database\0postgres\0\0".encode()
-    return struct.pack("!i", len(body) + 4) + body
+def _source(address: Address) -> str:
+    """As libpq reads it; no secret, since a command line is seen by all."""
+    place = f"host={address.host} port={address.port}"
+    return f"{place} user={ADMIN} dbname=postgres connect_timeout=5"

@@ -52,6 +52,15 @@ def family(pid: int) -> list[ProcessMark]:
     return [mark(member) for member in found]
 
 
+def processes_in(folder: Path) -> list[ProcessMark]:
+    """Those that work in this folder, such as every process of a database server in its data.
+
+    They are found though their parent has died. Empty without /proc.
+    """
+    place = os.path.realpath(folder)
+    return [mark(pid) for pid in _pids() if _folder_of(pid) == place]
+
+
 def memory_bytes(pid: int) -> int:
     """Resident memory, shared pages counted by their share (PSS); 0 for a process that is gone."""
     try:
@@ -64,6 +73,13 @@ def memory_bytes(pid: int) -> int:
 def _pids() -> Iterator[int]:
     if PROC.is_dir():
         yield from (int(entry) for entry in os.listdir(PROC) if entry.isdigit())
+
+
+def _folder_of(pid: int) -> str:
+    try:
+        return os.readlink(PROC / str(pid) / "cwd")
+    except OSError:
+        return ""
 
 
 def _stat(pid: int) -> list[str]:

@@ -12,6 +12,7 @@ PROBE_TIMEOUT_S = 2.0
 ANSWER_BYTES_MAX = 4096
 
 Probe = Callable[[], Awaitable[bool]]
+Successor = Callable[[], Awaitable["Program"]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Program:
         stop_timeout_s: after stop_signal, until SIGKILL.
         stop_signal: asks it to stop.
         user: who it runs as: "-" for who we are, or "UID:GID" (child.py).
+        successor: asked after its death, for as long as it takes: what is started in its place.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Program:
     stop_timeout_s: float = 5.0
     stop_signal: signal.Signals = signal.SIGTERM
     user: str = "-"
+    successor: Successor | None = None
 
 
 def answers(address: Address, *, send: bytes = b"", expect: bytes) -> Probe:
@@ -72,6 +75,24 @@ def accepts(address: Address) -> Probe:
         except (OSError, TimeoutError):
             return False
         return True
+
+    return probe
+
+
+def speaks(address: Address, *, send: bytes) -> Probe:
+    """A probe: who listens there answers `send` with anything at all, a refusal too."""
+
+    async def probe() -> bool:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                reader, writer = await asyncio.open_connection(address.host, address.port)
+                try:
+                    writer.write(send)
+                    return bool(await reader.read(1))
+                finally:
+                    await _close(writer)
+        except (OSError, TimeoutError):
+            return False
 
     return probe
 

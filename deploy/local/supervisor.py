@@ -10,15 +10,15 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from deploy.local.errors import LaunchError
 from deploy.local.processes import ProcessMark, mark
-from deploy.local.program import Program
+from deploy.local.program import Program, Successor
 from shared.crashpoints import CRASH_JOURNAL_VARIABLE, CRASH_POINT_VARIABLE
 from shared.signals import send_signal
 
@@ -113,6 +113,10 @@ class Supervisor:
         for child in children:
             await self._until_ready(child)
 
+    def run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run this as long as the children are kept running; its failure ends them."""
+        self._tasks.create_task(self._until_stopping(work))
+
     async def stop(self) -> None:
         """End every child: in order of rank, politely first, each within its time."""
         self._stopping.set()
@@ -166,9 +170,29 @@ class Supervisor:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause_s)
                 return
+            if child.program.successor:
+                await self._until_stopping(self._succeed(child, child.program.successor))
+                if self._stopping.is_set():
+                    return
             child.restarts += 1
             await self._spawn(child)
             self._tasks.create_task(self._announce(child))
+
+    async def _succeed(self, child: Child, successor: Successor) -> None:
+        child.program = await successor()
+
+    async def _until_stopping(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run it; it is cancelled when the children are to be stopped."""
+        working = asyncio.create_task(work)
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+        if not working.cancelled():
+            working.result()
 
     def _pause_after_death(self, child: Child, code: int) -> float:
         now_s, patience = time.monotonic(), self._patience

@@ -23,7 +23,7 @@ PROMOTE_S_MAX = 30
 _ASK = """
 SELECT pg_is_in_recovery() AS is_replica, CASE WHEN pg_is_in_recovery()
     THEN greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) - '0/0'::pg_lsn
-    END::bigint AS lsn
+    END::bigint AS lsn, pg_last_wal_receive_lsn() IS NOT NULL AS has_received
 """
 
 
@@ -47,13 +47,25 @@ class Promoted:
 
 
 @dataclass(frozen=True)
-class _Host:
+class Host:
+    """What one host of a shard says of itself.
+
+    Attributes:
+        server: the shard at this host.
+        is_replica: it takes no writes.
+        lsn: of a replica, how far it has received or replayed the log, in bytes.
+        has_received: it has received some since it was started. One that has not may have more
+            log on its disk than it says, and replays that before it takes over.
+    """
+
     server: Server
     is_replica: bool
     lsn: int
+    has_received: bool
 
     @property
     def place(self) -> str:
+        """Its "host:port"."""
         return self.server.address.partition("/")[0]
 
 
@@ -71,15 +83,31 @@ async def promote(servers: Sequence[Server], index: int, *, to: str = "") -> Pro
         DatabaseRefused: it was promoted and is not in use yet; whoever uses it passes the gate.
     """
     hosts = [servers[index].at(dsn) for dsn in servers[index].hosts]
-    asked = await asyncio.gather(*(_ask(host) for host in hosts))
-    answers = [answer for answer in asked if answer is not None]
-    silent = [host.address for host, answer in zip(hosts, asked, strict=True) if answer is None]
-    chosen = _chosen(servers[index].name, answers, to)
-    await _promote(chosen.server)
+    answers = await ask_hosts(servers[index])
+    heard = {answer.server.address for answer in answers}
+    silent = [host.address for host in hosts if host.address not in heard]
+    chosen = choose_host(servers[index].name, answers, to)
+    await promote_host(chosen.server)
     return Promoted(chosen.server.address, silent, await pass_gate(servers, index))
 
 
-def _chosen(name: str, answers: Sequence[_Host], to: str) -> _Host:
+async def ask_hosts(server: Server) -> Sequence[Host]:
+    """What a shard's hosts say of themselves; without those that do not answer."""
+    asked = await asyncio.gather(*(_ask(server.at(dsn)) for dsn in server.hosts))
+    return [answer for answer in asked if answer is not None]
+
+
+def choose_host(name: str, answers: Sequence[Host], to: str = "") -> Host:
+    """The replica that shall take over: the one that has most of the log.
+
+    Args:
+        name: the shard's, for messages.
+        answers: what its hosts say.
+        to: "host:port" of the one that is wanted; "" for any.
+
+    Raises:
+        PromotionRefused: see promote.
+    """
     for host in answers:
         if not host.is_replica:
             raise PromotionRefused(
@@ -102,19 +130,25 @@ def _chosen(name: str, answers: Sequence[_Host], to: str) -> _Host:
     return wanted[0]
 
 
-async def _ask(server: Server) -> _Host | None:
+async def _ask(server: Server) -> Host | None:
     with suppress(*ERRORS):
         async with asyncio.timeout(ASK_S_MAX):
             raw = await connect(server)
             try:
                 row = await raw.fetchrow(_ASK)
-                return _Host(server, row["is_replica"], row["lsn"] or 0)
+                return Host(server, row["is_replica"], row["lsn"] or 0, row["has_received"])
             finally:
                 raw.terminate()
     return None
 
 
-async def _promote(server: Server) -> None:
+async def promote_host(server: Server) -> None:
+    """Make one replica a primary, whatever the others are.
+
+    Raises:
+        PromotionRefused: the role may not.
+        DatabaseRefused: it may or may not have been promoted.
+    """
     try:
         raw = await connect(server)
         try:

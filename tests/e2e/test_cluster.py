@@ -13,13 +13,15 @@ import httpx
 import pytest
 
 from deploy.local.data_folder import ClusterShape, DataFolder
+from tests.backups import begin_story, flowing
+from tests.failover import hit, primaries, until_redundant, wrongs
 from tests.mesh import ROOT, Mesh, poll_until, running_mesh
 
 SIZE = ["--shards", "2", "--replicas", "1"]
 NAMES = {
     *("auth", "media", "notification", "payment-1", "payment-2", "reporting", "edge-1", "edge-2"),
     *("nats-1", "nats-2", "nats-3", "valkey", "mail"),
-    *("postgres-0-primary", "postgres-0-replica_1", "postgres-1-primary", "postgres-1-replica_1"),
+    *("postgres-0-node_1", "postgres-0-node_2", "postgres-1-node_1", "postgres-1-node_2"),
 }
 
 
@@ -97,26 +99,48 @@ def test_events_are_kept_on_three_servers(cluster: Mesh) -> None:
     poll_until(all_have_it, timeout_s=30, what="a copy of auth's events on each server")
 
 
-def test_a_killed_primary_comes_back_with_what_was_acknowledged(cluster: Mesh) -> None:
-    token = cluster.sign_up_and_in()
-    for shard in (0, 1):
-        cluster.kill(f"postgres-{shard}-primary")
-    cluster.wait_until_ready()
+def test_the_status_names_primaries_and_standbys(cluster: Mesh) -> None:
+    until_redundant(cluster)
+    told = tenfold("status", "--data", str(cluster.data)).stdout
+    assert told.count("  primary\n") == 2, told
+    assert told.count(" bytes  standby, commits wait for it\n") == 2
+    for name in NAMES:
+        assert name in told
 
-    def is_known() -> bool:
-        found = cluster.get("/v1/sessions", headers={"Authorization": f"Bearer {token}"})
-        return found.status_code == 200
 
-    poll_until(is_known, timeout_s=30, what="the session")
+def test_a_dead_primary_is_replaced_while_money_moves_and_is_then_a_standby(cluster: Mesh) -> None:
+    until_redundant(cluster)
+    with flowing(begin_story(cluster)) as traffic:
+        before = primaries(cluster)
+        for name in before:
+            hit(cluster, name, signal.SIGKILL)
+        traffic.wait_for(20)  # nobody has to do anything
+        until_redundant(cluster)
+        after = primaries(cluster)
+        assert not set(before) & set(after)
+        for name in after:  # back to those that had died
+            hit(cluster, name, signal.SIGKILL)
+        traffic.wait_for(20)
+        assert primaries(cluster) == before
+    assert not traffic.failures
+    assert wrongs(traffic) == []
+
+
+def test_nobody_promotes_behind_the_launchers_back(cluster: Mesh) -> None:
+    told = tenfold("shards", "promote", "auth/1", "--data", str(cluster.data))
+    assert told.returncode == 1
+    assert "promotes by itself" in told.stderr
 
 
 def test_a_restart_finds_everything_and_leaves_nothing_behind(cluster: Mesh) -> None:
     token = cluster.sign_up_and_in()
+    before = primaries(cluster)
     cluster.launcher.send_signal(signal.SIGINT)
     assert cluster.launcher.wait(60) == 0
     assert cluster.stop() == 0
     assert not (cluster.data / "databases.json").exists()
     cluster.start()
+    assert primaries(cluster) == before
     found = cluster.get("/v1/sessions", headers={"Authorization": f"Bearer {token}"})
     assert found.status_code == 200
 
@@ -128,6 +152,7 @@ def test_a_restart_finds_everything_and_leaves_nothing_behind(cluster: Mesh) -> 
         (["--profile", "cluster", "--replicas", "0"], "--replicas is 0, and the cluster in"),
         (["--profile", "embedded"], "holds the data of the profile 'cluster'"),
         (["--shards", "2"], "of use only with --profile cluster"),
+        (["--asynchronous"], "of use only with --profile cluster"),
         (["--profile", "moon"], "There is no profile 'moon'"),
     ],
 )

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,49 @@ async def test_a_program_that_is_never_ready_is_named(tmp_path: Path) -> None:
 def test_polling_names_what_did_not_come() -> None:
     with pytest.raises(AssertionError, match="the moon: not within 0"):
         poll_until(lambda: False, timeout_s=0, what="the moon")
+
+
+async def test_what_is_started_in_a_dead_childs_place_is_asked_for(tmp_path: Path) -> None:
+    other = program(tmp_path, "child", STUBBORN)
+    asked = asyncio.Event()
+
+    async def successor() -> Program:
+        asked.set()
+        return other
+
+    async with open_supervisor(logs=tmp_path, say=print) as supervisor:
+        await supervisor.start(replace(program(tmp_path, "child"), successor=successor))
+        child = supervisor.children["child"]
+        first = child.mark
+        assert first is not None
+        os.kill(first.pid, signal.SIGKILL)
+        await until(lambda: child.mark != first and child.is_ready)
+        assert asked.is_set()
+        assert child.program is other
+        supervisor.kill()
+
+
+async def test_a_stop_does_not_wait_for_what_was_asked_for_or_runs_beside(tmp_path: Path) -> None:
+    asked, ended = asyncio.Event(), []
+
+    async def for_ever() -> Program:
+        asked.set()
+        try:
+            return await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append("asked for")
+
+    async def beside() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("beside")
+
+    async with open_supervisor(logs=tmp_path, say=print) as supervisor:
+        await supervisor.start(replace(program(tmp_path, "child"), successor=for_ever))
+        supervisor.run_beside(beside())
+        mark = supervisor.children["child"].mark
+        assert mark is not None
+        os.kill(mark.pid, signal.SIGKILL)
+        await asked.wait()
+    assert sorted(ended) == ["asked for", "beside"]

@@ -1,0 +1,108 @@
+"""Who is primary and who is standby in each shard of the cluster, as the servers themselves say."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deploy.local.shard import name_of
+from shared.db.postgres_connection import ERRORS, Server, connect
+from shared.db.postgres_shards import parse_servers
+
+ASK_S_MAX = 2.0
+PRIMARY, STANDBY, ASTRAY, SILENT = "primary", "standby", "not following", "unreachable"
+_ASK = """
+SELECT in_recovery AS is_replica,
+    (CASE WHEN in_recovery THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END
+        - '0/0'::pg_lsn)::bigint AS lsn,
+    (SELECT count(*) FROM pg_stat_wal_receiver) AS sources,
+    current_setting('synchronous_standby_names') AS synchronous
+FROM pg_is_in_recovery() AS in_recovery
+"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One server of a shard.
+
+    Attributes:
+        shard: its index.
+        name: what the supervisor calls its process.
+        address: where it listens.
+        role: PRIMARY; STANDBY; ASTRAY, a standby that follows nobody now; SILENT.
+        lag_bytes: of the log that a standby has not replayed; None where that is not known.
+        is_synchronous: commits wait for it, or for another one like it.
+    """
+
+    shard: int
+    name: str
+    address: str
+    role: str
+    lag_bytes: int | None = None
+    is_synchronous: bool = False
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def ask_nodes(databases: Mapping[str, str]) -> Sequence[Node]:
+    """Ask every server of the cluster; those that do not answer in time are SILENT.
+
+    Args:
+        databases: the services' settings; all of them name the same servers.
+    """
+    return asyncio.run(_ask_all(next(iter(databases.values()), "")))
+
+
+async def _ask_all(dsns: str) -> Sequence[Node]:
+    servers = parse_servers(dsns, service="cluster") if dsns else []
+    found = await asyncio.gather(*(_ask_shard(index, one) for index, one in enumerate(servers)))
+    return [node for nodes in found for node in nodes]
+
+
+async def _ask_shard(index: int, shard: Server) -> Sequence[Node]:
+    hosts = [shard.at(dsn) for dsn in shard.hosts]
+    answers = await asyncio.gather(*(_ask(host) for host in hosts))
+    primary = next((one for one in answers if one and not one["is_replica"]), None)
+    return [
+        _node(index, f"node_{number}", host.address.partition("/")[0], answer, primary)
+        for number, (host, answer) in enumerate(zip(hosts, answers, strict=True), 1)
+    ]
+
+
+def _node(
+    shard: int,
+    node: str,
+    address: str,
+    answer: Mapping[str, Any] | None,
+    primary: Mapping[str, Any] | None,
+) -> Node:
+    name = name_of(shard, node)
+    if answer is None:
+        return Node(shard, name, address, SILENT)
+    if not answer["is_replica"]:
+        return Node(shard, name, address, PRIMARY, 0)
+    role = STANDBY if answer["sources"] else ASTRAY
+    if primary is None or answer["lsn"] is None:
+        return Node(shard, name, address, role)
+    lag_bytes = max(0, primary["lsn"] - answer["lsn"])
+    return Node(shard, name, address, role, lag_bytes, node in _names(primary["synchronous"]))
+
+
+def _names(setting: str) -> Sequence[str]:
+    """The nodes in "ANY 1 (node_1, node_2)"."""
+    return [name.strip() for name in setting.partition("(")[2].rstrip(")").split(",")]
+
+
+async def _ask(server: Server) -> Mapping[str, Any] | None:
+    with suppress(*ERRORS):
+        async with asyncio.timeout(ASK_S_MAX):
+            raw = await connect(server)
+            try:
+                return dict(await raw.fetchrow(_ASK))
+            finally:
+                raw.terminate()
+    return None
