@@ -262,6 +262,9 @@ async def _planned(
     """The plan of these shards: made now if they are new, else what they were made with."""
     async with control.transaction():
         await control.execute(f"SELECT pg_advisory_xact_lock({_PLANNING})")
+        # Opening a relation makes this session hear of what another has made while we waited:
+        # it remembers that there was no such schema.
+        await control.execute("SELECT FROM pg_namespace LIMIT 1")
         await control.execute(_CONTROL_TABLES + MOVE_TABLE)
         rows = await control.fetch(
             "SELECT shard_id FROM tenfold_control.bucket_map ORDER BY bucket"

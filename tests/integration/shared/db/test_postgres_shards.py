@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 
 from shared.config import ConfigError
+from shared.db import postgres_shards
 from shared.db.engines import ShardSettings, open_shards
 from shared.db.errors import DatabaseRefused, MigrationRefused
 from shared.db.postgres_shards import parse_servers
@@ -121,6 +122,19 @@ async def test_many_processes_that_start_at_once_make_the_shards_once(place):
     async with place.open() as shards:
         owned = "SELECT count(*) AS n FROM tenfold_bucket"
         assert [await shard.fetch_one(owned) for shard in shards.all()] == [{"n": 2048}] * 2
+
+
+async def test_who_waits_for_the_plan_hears_of_what_was_made_meanwhile(place):
+    planner = await asyncpg.connect(place.name.split(",")[0])
+    await planner.execute(f"SELECT pg_advisory_lock({postgres_shards._PLANNING})")
+    opening = asyncio.create_task(open_once(place))
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    async with asyncio.timeout(30):
+        while not await planner.fetchval(waiting):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await planner.execute("CREATE SCHEMA tenfold_control")
+    await planner.close()
+    await opening
 
 
 async def test_a_further_shard_starts_empty_and_fewer_are_refused(postgres_server, place):
