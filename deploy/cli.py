@@ -159,11 +159,11 @@ def status(data: DataOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         shown = {"running": bool(state), "ready": is_ready, "data": str(folder.path)}
         where = {"edge": state.get("edge"), "metrics": state.get("metrics", {})}
-        nodes = [node.row for node in _nodes_of(folder)] if state else []
+        nodes = [node.row for node in _nodes_of(folder, state)] if state else []
         print(json.dumps({**shown, **where, "processes": rows, "shards": nodes}))
     elif state:
         _print_status(state, rows)
-        _print_nodes(_nodes_of(folder))
+        _print_nodes(_nodes_of(folder, state))
     else:
         print(f"No mesh runs in {folder.path}; 'tenfold up' starts one.")
     raise typer.Exit(0 if is_ready else 1)
@@ -379,13 +379,13 @@ def _print_status(state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         )
 
 
-def _nodes_of(folder: DataFolder) -> "Sequence[Node]":
+def _nodes_of(folder: DataFolder, state: dict[str, Any]) -> "Sequence[Node]":
     databases = folder.read_databases()
     if not databases:
         return []
     from deploy.local.replication import ask_nodes
 
-    return ask_nodes(databases)
+    return ask_nodes(databases, [Path(site) for site in state.get("databases", [])])
 
 
 def _print_nodes(nodes: "Sequence[Node]") -> None:
@@ -393,10 +393,10 @@ def _print_nodes(nodes: "Sequence[Node]") -> None:
         print(f"\n{'shard':<5}  {'server':<18} {'address':<22} {'lag':>10}  role")
     for node in nodes:
         lag = "" if node.lag_bytes is None else f"{node.lag_bytes} bytes"
-        waited_for = ", commits wait for it" if node.is_synchronous else ""
+        promotable = ", may be promoted" if node.is_promotable else ""
         print(
             f"{node.shard:>5}  {node.name:<18} {node.address:<22} {lag:>10}"
-            f"  {node.role}{waited_for}"
+            f"  {node.role}{promotable}"
         )
 
 

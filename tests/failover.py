@@ -5,6 +5,7 @@ import signal
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from deploy.local.data_folder import DataFolder
 from deploy.local.processes import ProcessMark
@@ -19,23 +20,29 @@ REDUNDANT_S = 90.0
 def nodes(mesh: Mesh) -> list[Node]:
     """Every server: its shard, its name, its role, its lag."""
     databases = DataFolder(mesh.data).read_databases()
+    sites = [Path(site) for site in mesh.state["databases"]]
     with ThreadPoolExecutor(1) as elsewhere:  # it runs a loop of its own
-        return list(elsewhere.submit(ask_nodes, databases).result())
+        return list(elsewhere.submit(ask_nodes, databases, sites).result())
 
 
 def primaries(mesh: Mesh) -> list[str]:
-    """By shard, the server that takes its writes; AssertionError if there is not one each."""
-    found = {row.shard: row.name for row in nodes(mesh) if row.role == PRIMARY}
-    assert sorted(found) == list(range(len(found))), found
-    return [name for _, name in sorted(found.items())]
+    """By shard, the server that takes its writes, as soon as each has one."""
+
+    def found() -> list[str]:
+        shown = nodes(mesh)
+        leaders = {row.shard: row.name for row in shown if row.role == PRIMARY}
+        every = sorted({row.shard for row in shown})
+        return [leaders[shard] for shard in every] if sorted(leaders) == every else []
+
+    return poll_until(found, timeout_s=REDUNDANT_S, what="a primary for each shard")
 
 
 def until_redundant(mesh: Mesh) -> None:
-    """Return when each shard has a primary whose commits wait for all of its standbys."""
+    """Return when each shard has a primary and all of its standbys may be promoted."""
 
     def is_redundant() -> bool:
         shown = nodes(mesh)
-        followers = [row for row in shown if row.role == STANDBY and row.is_synchronous]
+        followers = [row for row in shown if row.role == STANDBY and row.is_promotable]
         shards = {row.shard for row in shown}
         leaders = [row for row in shown if row.role == PRIMARY]
         return len(leaders) == len(shards) and len(leaders) + len(followers) == len(shown)

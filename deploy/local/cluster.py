@@ -138,17 +138,18 @@ class Cluster(Run):
     async def _pass_gates(self, index: int) -> None:
         """Compare a promoted shard with each service's Control, as services do that meet it."""
 
-        async def pass_one(service: str, dsns: str) -> None:
+        async def pass_one(service: str, dsns: str) -> str:
             try:
                 done = await pass_gate(parse_servers(dsns, service=service), index)
             except DatabaseRefused as error:
-                self._report.say(f"{error}; whoever uses it next tries again")
-                return
-            for problem in done.problems:
-                self._report.say(f"shard {index} of {service}: {problem}")
+                return f"not compared with {service}'s Control yet, {str(error).splitlines()[0]}"
+            return "; ".join(done.problems)
 
         databases = zip(SERVICES, self._databases().values(), strict=True)
-        await asyncio.gather(*(pass_one(service, dsns) for service, dsns in databases))
+        told = await asyncio.gather(*(pass_one(service, dsns) for service, dsns in databases))
+        if found := [problem for problem in told if problem]:
+            others = f" (and {len(found) - 1} more)" if found[1:] else ""
+            self._report.say(f"shard {index}: {found[0]}{others}")
 
     def _server_programs(self) -> list[Program]:
         folder, environ = self._folder, self._environ

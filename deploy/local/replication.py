@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from deploy.local.shard import name_of
+from deploy.local.shard import STANDING_FILE, name_of
+from deploy.local.standing import Standing, read_standing
 from shared.db.postgres_connection import ERRORS, Server, connect
 from shared.db.postgres_shards import parse_servers
 
@@ -16,8 +18,7 @@ _ASK = """
 SELECT in_recovery AS is_replica,
     (CASE WHEN in_recovery THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END
         - '0/0'::pg_lsn)::bigint AS lsn,
-    (SELECT count(*) FROM pg_stat_wal_receiver) AS sources,
-    current_setting('synchronous_standby_names') AS synchronous
+    (SELECT count(*) FROM pg_stat_wal_receiver) AS sources
 FROM pg_is_in_recovery() AS in_recovery
 """
 
@@ -32,7 +33,7 @@ class Node:
         address: where it listens.
         role: PRIMARY; STANDBY; ASTRAY, a standby that follows nobody now; SILENT.
         lag_bytes: of the log that a standby has not replayed; None where that is not known.
-        is_synchronous: commits wait for it, or for another one like it.
+        is_promotable: it, or another one like it, has whatever is acknowledged.
     """
 
     shard: int
@@ -40,7 +41,7 @@ class Node:
     address: str
     role: str
     lag_bytes: int | None = None
-    is_synchronous: bool = False
+    is_promotable: bool = False
 
     @property
     def row(self) -> dict[str, Any]:
@@ -48,17 +49,29 @@ class Node:
         return asdict(self)
 
 
-def ask_nodes(databases: Mapping[str, str]) -> Sequence[Node]:
+def ask_nodes(databases: Mapping[str, str], sites: Sequence[Path]) -> Sequence[Node]:
     """Ask every server of the cluster; those that do not answer in time are SILENT.
 
     Args:
         databases: the services' settings; all of them name the same servers.
+        sites: each shard's place.
     """
-    return asyncio.run(_ask_all(next(iter(databases.values()), "")))
-
-
-async def _ask_all(dsns: str) -> Sequence[Node]:
+    dsns = next(iter(databases.values()), "")
     servers = parse_servers(dsns, service="cluster") if dsns else []
+    nodes = asyncio.run(_ask_all(servers))
+    standings = [read_standing(site / STANDING_FILE) for site in sites]
+    return [replace(node, is_promotable=_is_promotable(node, nodes, standings)) for node in nodes]
+
+
+def _is_promotable(node: Node, nodes: Sequence[Node], standings: Sequence[Standing]) -> bool:
+    standing = standings[node.shard]
+    primary = name_of(node.shard, standing.primary)
+    return any(one.name == primary and one.role == PRIMARY for one in nodes) and node.name in {
+        name_of(node.shard, promotable) for promotable in standing.promotable
+    }
+
+
+async def _ask_all(servers: Sequence[Server]) -> Sequence[Node]:
     found = await asyncio.gather(*(_ask_shard(index, one) for index, one in enumerate(servers)))
     return [node for nodes in found for node in nodes]
 
@@ -88,13 +101,7 @@ def _node(
     role = STANDBY if answer["sources"] else ASTRAY
     if primary is None or answer["lsn"] is None:
         return Node(shard, name, address, role)
-    lag_bytes = max(0, primary["lsn"] - answer["lsn"])
-    return Node(shard, name, address, role, lag_bytes, node in _names(primary["synchronous"]))
-
-
-def _names(setting: str) -> Sequence[str]:
-    """The nodes in "ANY 1 (node_1, node_2)"."""
-    return [name.strip() for name in setting.partition("(")[2].rstrip(")").split(",")]
+    return Node(shard, name, address, role, max(0, primary["lsn"] - answer["lsn"]))
 
 
 async def _ask(server: Server) -> Mapping[str, Any] | None:

@@ -44,6 +44,7 @@ from shared.db.postgres_promotion import (
     promote_host,
 )
 
+STANDING_FILE = "standing.json"
 WATCH_S = 0.25
 PROBE_S = 1.0
 # So many unanswered probes in a row, each of PROBE_TIMEOUT_S, are the end of a server.
@@ -97,7 +98,7 @@ class Shard:
         self._tell = say
         self._on_promoted = on_promoted
         self._is_synchronous = is_synchronous
-        self._file = site.folder / "standing.json"
+        self._file = site.folder / STANDING_FILE
         last = read_standing(self._file)
         try:
             self.primary = primary_of({node: self._role_of(node) for node in nodes}, last.primary)
