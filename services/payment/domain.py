@@ -2,14 +2,14 @@
 
 An account counts its debits and credits; its balance grows on its normal side and stays at
 or above zero unless it may be overdrawn. A transaction is a set of entries whose debits
-equal their credits in every currency; once posted it is never changed.
+equal their credits in every currency; once posted it is never changed. Whether a transaction
+passes is decided in posting.py.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
-from typing import Self
 from uuid import UUID
 
 from services.payment.currencies import EXPONENTS
@@ -74,6 +74,23 @@ class TransactionNotFound(NotFound):
 
     def __init__(self, transaction_id: UUID) -> None:
         super().__init__(f"{transaction_name(transaction_id)} does not exist")
+
+
+class HoldNotFound(NotFound):
+    """No such hold, or not the caller's: they look alike."""
+
+    def __init__(self, hold_id: UUID | None) -> None:
+        super().__init__(f"holds/{hold_id} does not exist")
+
+
+class HoldEnded(FailedPrecondition):
+    """The hold was posted, voided or has expired."""
+
+    reason = "HOLD_ENDED"
+
+    def __init__(self, how: str) -> None:
+        words = how.lower().replace("_", " ")
+        super().__init__(f"the hold is {words}", metadata={"state": how})
 
 
 class CurrencyUnknown(InvalidRequest):
@@ -152,39 +169,16 @@ class Account:
     created_at: datetime
     posted_debit: int = 0
     posted_credit: int = 0
+    pending_debit: int = 0
+    pending_credit: int = 0
     entry_count: int = 0
 
     @property
     def available_minor_units(self) -> int:
-        """What may be spent: the normal side less the other."""
-        balance = self.posted_credit - self.posted_debit
-        return balance if self.normal_side is Side.CREDIT else -balance
-
-    def post(self, entry: "NewEntry") -> Self:
-        """The account after one more entry.
-
-        Raises:
-            AccountClosed, CurrencyMismatch, BalanceOverflow, InsufficientFunds: it may not.
-        """
-        if self.state is not AccountState.OPEN:
-            raise AccountClosed(self.account_id)
-        if entry.currency_code != self.currency_code:
-            description = f"must be {self.currency_code}, the account's currency"
-            raise CurrencyMismatch.of_field(f"{entry.amount_field}.currency_code", description)
-        debit = entry.minor_units if entry.side is Side.DEBIT else 0
-        after = replace(
-            self,
-            posted_debit=self.posted_debit + debit,
-            posted_credit=self.posted_credit + entry.minor_units - debit,
-            entry_count=self.entry_count + 1,
-        )
-        if max(after.posted_debit, after.posted_credit) > INT64_MAX:
-            description = "would take the account's sums beyond 9223372036854775807"
-            raise BalanceOverflow.of_field(f"{entry.amount_field}.minor_units", description)
-        is_lower = after.available_minor_units < self.available_minor_units
-        if is_lower and after.available_minor_units < 0 and not self.may_overdraw:
-            raise InsufficientFunds(self.account_id)
-        return after
+        """What may be spent: the normal side less the other and less what is held of it."""
+        if self.normal_side is Side.CREDIT:
+            return self.posted_credit - self.posted_debit - self.pending_debit
+        return self.posted_debit - self.posted_credit - self.pending_credit
 
 
 @dataclass(frozen=True)
@@ -320,22 +314,6 @@ def transfer_entries(
     return debit, credit
 
 
-def require_transferable(payer: Account, payee: Account) -> None:
-    """Transfers move what we owe our users, so both sides are CREDIT accounts.
-
-    A debit account is the operator's (cash); crediting it would take money out of the books,
-    which only PostTransaction may do.
-
-    Raises:
-        InvalidRequest: the payer is a debit account.
-        AccountNotFound: the payee is; whether it exists is nobody's business.
-    """
-    if payer.normal_side is not Side.CREDIT:
-        raise InvalidRequest.of_field("account", "must be a CREDIT account; use PostTransaction")
-    if payee.normal_side is not Side.CREDIT:
-        raise AccountNotFound(payee.account_id)
-
-
 def require_amount(minor_units: int, *, field: str) -> None:
     """An entry's amount is 1 to 2^63-1 minor units.
 
@@ -371,39 +349,6 @@ def require_balanced(entries: Sequence[NewEntry]) -> None:
         raise EntriesUnbalanced.of_field("transaction.entries", description)
     if max(debited.values()) > INT64_MAX:
         raise BalanceOverflow.of_field("transaction.entries", "add up to more than 2^63-1")
-
-
-def post_entries(
-    accounts: Mapping[UUID, Account], entries: Sequence[NewEntry]
-) -> tuple[Entry, ...]:
-    """Decide whether these entries may be posted, and number them.
-
-    Args:
-        accounts: every account that the entries name and that the tenant has.
-        entries: balanced, each account once (require_balanced).
-
-    Raises:
-        AccountNotFound: an entry's account is not in `accounts`.
-        AccountClosed, CurrencyMismatch, BalanceOverflow, InsufficientFunds: an account
-            does not take its entry.
-    """
-    posted = []
-    for entry in entries:
-        account = accounts.get(entry.account_id)
-        if account is None:
-            raise AccountNotFound(entry.account_id)
-        after = account.post(entry)
-        posted.append(
-            Entry(
-                entry.account_id,
-                account.owner,
-                entry.side,
-                entry.currency_code,
-                entry.minor_units,
-                after.entry_count,
-            )
-        )
-    return tuple(posted)
 
 
 def bucket_account(entries: Sequence[NewEntry]) -> UUID:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from tenfold.common.v1.money_pb2 import Money
-from tenfold.ledger.v1.ledger_events_pb2 import AccountOpened, PostedEntry, TransactionPosted
+from tenfold.ledger.v1.ledger_events_pb2 import AccountOpened, TransactionPosted
 from tenfold.ledger.v1.ledger_pb2 import Account as AccountMessage
 from tenfold.ledger.v1.ledger_pb2 import Entry as EntryMessage
 from tenfold.ledger.v1.ledger_pb2 import Side as SideMessage
@@ -19,6 +19,7 @@ from services.payment.domain import (
     account_name,
     transaction_name,
 )
+from services.payment.posting import Record
 from shared.clock import to_us
 from shared.db.port import OutboxRow
 
@@ -85,24 +86,21 @@ def encode_opened(account: Account) -> OutboxRow:
     )
 
 
-def encode_posted(transaction: Transaction) -> OutboxRow:
+def payload_of_record(record: Record) -> bytes:
     """TransactionPosted, of the transaction's aggregate."""
+    seconds, microseconds = divmod(record.recorded_at_us, 1_000_000)
     message = TransactionPosted(
-        transaction=transaction_name(transaction.transaction_id),
-        reference=transaction.reference,
-        description=transaction.description,
-        entries=[
-            PostedEntry(
-                account=account_name(entry.account_id),
-                owner=str(entry.owner),
-                side=_SIDES[entry.side],
-                currency_code=entry.currency_code,
-                minor_units=entry.minor_units,
-            )
-            for entry in transaction.entries
-        ],
-        recorded_time=timestamp_of(transaction.recorded_at),
+        transaction=f"transactions/{record.order_id}",
+        reference=record.reference,
+        description=record.description,
+        recorded_time=Timestamp(seconds=seconds, nanos=microseconds * 1000),
     )
-    return OutboxRow(
-        TRANSACTION_POSTED, message.transaction, message.SerializeToString(), transaction.tenant
-    )
+    for entry in record.entries:
+        message.entries.add(
+            account=f"accounts/{entry.account_id}",
+            owner=str(entry.owner),
+            side=entry.side,  # the numbers are the contract's
+            currency_code=entry.currency_code,
+            minor_units=entry.minor_units,
+        )
+    return message.SerializeToString()

@@ -25,7 +25,6 @@ from tenfold.ledger.v1.ledger_service_pb2 import (
 
 from services.payment.domain import (
     Account,
-    AccountNotFound,
     AccountState,
     NewEntry,
     Owner,
@@ -33,24 +32,27 @@ from services.payment.domain import (
     Side,
     account_id_of_name,
     account_name,
+    bucket_account,
     exponent_of,
     require_balanced,
     require_operator_for,
-    require_transferable,
     transaction_id_of_name,
     transfer_entries,
 )
 from services.payment.events import account_to_proto, timestamp_of, transaction_to_proto
+from services.payment.posting import Order
+from services.payment.refusals import REPLAYED, refusal_of
 from services.payment.store import (
     LAST_ID,
     LAST_SEQUENCE,
     Caller,
     LedgerStore,
-    NewTransaction,
+    transaction_of_record,
 )
 from shared.clock import Clock
 from shared.db.ids import bucket_of, new_id
 from shared.db.paging import PageScope, open_page_token, page_size_of, seal_page_token
+from shared.db.port import Once
 from shared.errors import InvalidRequest, PermissionDenied
 from shared.identity import Principal, PrincipalKind
 from shared.rpc.context import Context, once_of
@@ -126,46 +128,53 @@ class LedgerHandler:
         self, request: TransferFundsRequest, context: Context
     ) -> TransactionMessage:
         """One debit of the caller's account, one credit of any account of the tenant."""
-        caller = caller_of(context.principal)
-        payer_id = account_id_of_name(request.account, field="account")
-        payee_id = account_id_of_name(request.to_account, field="to_account")
+        caller, once = caller_of(context.principal), once_of(context, request)
         entries = transfer_entries(
-            payer_id,
-            payee_id,
+            account_id_of_name(request.account, field="account"),
+            account_id_of_name(request.to_account, field="to_account"),
             currency_code=request.amount.currency_code,
             minor_units=request.amount.minor_units,
         )
-
-        def check(accounts: dict[UUID, Account]) -> None:
-            payer, payee = accounts.get(payer_id), accounts.get(payee_id)
-            if payer is None or not (caller.is_operator or payer.owner == caller.owner):
-                raise AccountNotFound(payer_id)
-            if payee is None:
-                raise AccountNotFound(payee_id)
-            require_transferable(payer, payee)
-
-        transaction = await self._store.post(
-            NewTransaction(entries, "", request.description),
-            caller,
-            once=once_of(context, request),
-            check=check,
+        order = Order(
+            self._store.order_id(once, bucket_of(entries[0].account_id)),
+            caller.tenant,
+            caller.owner,
+            entries,
+            once.fingerprint,
+            description=request.description,
+            payer=None if caller.is_operator else caller.owner,
+            is_transfer=True,
         )
-        return transaction_to_proto(transaction)
+        return await self._post(order, once)
 
     async def PostTransaction(
         self, request: PostTransactionRequest, context: Context
     ) -> TransactionMessage:
         """Any balanced entries on the tenant's accounts, by an operator."""
+        caller, once = caller_of(context.principal), once_of(context, request)
         asked = request.transaction
         entries = [new_entry_of_proto(entry, at) for at, entry in enumerate(asked.entries)]
         require_balanced(entries)
-        transaction = await self._store.post(
-            NewTransaction(entries, asked.reference, asked.description),
-            caller_of(context.principal),
-            once=once_of(context, request),
-            check=lambda _: None,
+        order = Order(
+            self._store.order_id(once, bucket_of(bucket_account(entries))),
+            caller.tenant,
+            caller.owner,
+            tuple(entries),
+            once.fingerprint,
+            reference=asked.reference,
+            description=asked.description,
         )
-        return transaction_to_proto(transaction)
+        return await self._post(order, once)
+
+    async def _post(self, order: Order, once: Once) -> TransactionMessage:
+        [answer] = await self._store.decide([order], once=once)
+        if answer.result in REPLAYED:
+            once.on_replay()
+        refusal = refusal_of(answer, order)
+        if refusal is not None:
+            raise refusal
+        assert answer.record is not None
+        return transaction_to_proto(transaction_of_record(answer.record))
 
     async def GetTransaction(
         self, request: GetTransactionRequest, context: Context

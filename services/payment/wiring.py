@@ -9,6 +9,7 @@ from tenfold.ledger.v1.ledger_service_pb2_grpc import add_LedgerServiceServicer_
 
 from services.payment.config import PaymentConfig
 from services.payment.handler import LedgerHandler
+from services.payment.lane import open_lanes
 from services.payment.store import SqlLedgerStore
 from shared.bus.outbox import run_relay
 from shared.config import load
@@ -49,8 +50,11 @@ async def open_service(runtime: Runtime) -> AsyncIterator[Service]:
     """
     config = load(PaymentConfig, "TENFOLD_PAYMENT_", runtime.environ)
     settings = shard_settings(runtime.folder_of(NAME), runtime.environ)
-    async with open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards:
-        store = SqlLedgerStore(shards, runtime.clock)
+    async with (
+        open_shards(settings, secret=runtime.secret, clock=runtime.clock) as shards,
+        open_lanes(shards, runtime.clock) as lanes,
+    ):
+        store = SqlLedgerStore(shards, lanes, secret=runtime.secret)
         await store.verify(entries_max=config.verify_entries_max)
         handler = LedgerHandler(store, page_secret=runtime.secret, clock=runtime.clock)
         yield Service(

@@ -20,7 +20,7 @@ Every statement on a service's own table filters by tenant; one that must not sa
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from uuid import UUID
 
 from shared.identity import Principal
@@ -132,6 +132,10 @@ class Transaction(Protocol):
         """Publish this after the commit: at least once, in order per aggregate."""
         ...
 
+    def wake_relay(self) -> None:
+        """Say that the transaction wrote outbox rows by a statement of its own."""
+        ...
+
     async def answer_with(self, payload: bytes) -> None:
         """Remember the answer under the request id; without one, do nothing."""
         ...
@@ -237,6 +241,15 @@ class Shards(Protocol):
 
     def bucket(self, number: int) -> Bucket:
         """The bucket of that number, 0 to 4095."""
+        ...
+
+    @property
+    def engine(self) -> Literal["postgres", "sqlite"]:
+        """Whose SQL is spoken, for the few statements that both do not share."""
+        ...
+
+    def shard_index(self, bucket: int) -> int:
+        """The shard that has a bucket, as far as this process knows."""
         ...
 
     def all(self) -> Sequence[Shard]:

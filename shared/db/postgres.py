@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 from uuid import UUID
 
 from shared import causal, deadline
@@ -200,6 +200,10 @@ class PostgresTransaction:
         )
         self.has_outbox = True
         self.evidence = self.evidence or Evidence(_OUTBOX_ROW, (event_id,))
+
+    def wake_relay(self) -> None:
+        """See Transaction.wake_relay."""
+        self.has_outbox = True
 
     async def answer_with(self, payload: bytes) -> None:
         """See Transaction.answer_with."""
@@ -653,6 +657,15 @@ class PostgresShards:
     def shard_of(self, bucket: int) -> PostgresShard:
         """Where a bucket lives, as far as we know."""
         return self.shards[self.bucket_map.shard_index(bucket)]
+
+    @property
+    def engine(self) -> Literal["postgres", "sqlite"]:
+        """See Shards.engine."""
+        return "postgres"
+
+    def shard_index(self, bucket: int) -> int:
+        """See Shards.shard_index."""
+        return self.bucket_map.shard_index(bucket)
 
     def all(self) -> Sequence[Shard]:
         """See Shards.all."""

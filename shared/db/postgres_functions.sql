@@ -35,7 +35,18 @@ BEGIN
         RAISE EXCEPTION 'bucket_elsewhere' USING ERRCODE = 'MB001',
             DETAIL = row_to_json(refused)::text;
     END IF;
-    PERFORM set_config('tenfold.buckets', ',' || array_to_string(buckets, ',') || ',', true);
+    IF cardinality(buckets) <= 16 THEN
+        PERFORM set_config('tenfold.buckets', ',' || array_to_string(buckets, ',') || ',', true);
+    ELSE
+        -- The guards look a bucket up for each row that is written: in a list per granule, so that
+        -- a batch over a thousand buckets does not read a thousand numbers each time.
+        PERFORM set_config('tenfold.buckets', '', true),
+            set_config('tenfold.granule_' || listed.granule, ',' || listed.numbers || ',', true)
+        FROM (
+            SELECT number & 63 AS granule, string_agg(number::text, ',') AS numbers
+            FROM unnest(buckets) AS number GROUP BY number & 63
+        ) AS listed;
+    END IF;
     IF EXISTS (SELECT FROM tenfold_bucket WHERE bucket = ANY (buckets) AND state = 'MOVING') THEN
         PERFORM set_config('tenfold.capture', '1', true);
     END IF;

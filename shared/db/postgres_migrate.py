@@ -45,8 +45,10 @@ GROUP BY class.relname ORDER BY class.relname
 # Built-in functions alone, with their casts written out: a trigger's condition is made ready
 # anew for each statement, and an operator that is an SQL function below would be parsed again.
 _ADMITTED = (
-    "strpos(coalesce(current_setting('tenfold.buckets', true), ''), "
-    "',' || {row}.bucket::text || ',') > 0"
+    "(strpos(coalesce(current_setting('tenfold.buckets', true), ''), "
+    "',' || {row}.bucket::text || ',') > 0 OR "
+    "strpos(coalesce(current_setting('tenfold.granule_' || ({row}.bucket & 63)::text, true), ''), "
+    "',' || {row}.bucket::text || ',') > 0)"
 )
 _KNOWN = "SELECT sha256 FROM tenfold_generated WHERE what = $1"
 _REMEMBER = """

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from uuid import UUID
 
 from shared import causal, deadline
@@ -116,6 +117,10 @@ class SqliteTransaction:
         now_us, event_id = self._shard.now_us(), new_id(max(self._bucket, 0))
         service = self._shard.service
         await insert_outbox_row(self, row, service=service, event_id=event_id, now_us=now_us)
+        self._turn.has_outbox = True
+
+    def wake_relay(self) -> None:
+        """See Transaction.wake_relay."""
         self._turn.has_outbox = True
 
     async def answer_with(self, payload: bytes) -> None:
@@ -393,6 +398,15 @@ class SqliteShards:
     def shard_of(self, bucket: int) -> SqliteShard:
         """Where a bucket lives."""
         return self.shards[self.bucket_map.shard_index(bucket)]
+
+    @property
+    def engine(self) -> Literal["postgres", "sqlite"]:
+        """See Shards.engine."""
+        return "sqlite"
+
+    def shard_index(self, bucket: int) -> int:
+        """See Shards.shard_index."""
+        return self.bucket_map.shard_index(bucket)
 
     def all(self) -> Sequence[Shard]:
         """See Shards.all."""

@@ -27,6 +27,7 @@ from tenfold.ledger.v1.ledger_service_pb2_grpc import (
 )
 
 from services.payment.handler import LedgerHandler
+from services.payment.lane import open_lanes
 from services.payment.store import SqlLedgerStore
 from services.payment.wiring import MIGRATIONS
 from shared.clock import Clock
@@ -134,8 +135,9 @@ def _identity() -> tuple[bytes, bytes]:
 @asynccontextmanager
 async def serving_ledger(place: Place, clock: Clock) -> AsyncIterator[Ledger]:
     private, public = _identity()
-    async with place.open(clock=clock) as shards:
-        handler = LedgerHandler(SqlLedgerStore(shards, clock), page_secret=SECRET, clock=clock)
+    async with place.open(clock=clock) as shards, open_lanes(shards, clock) as lanes:
+        store = SqlLedgerStore(shards, lanes, secret=SECRET)
+        handler = LedgerHandler(store, page_secret=SECRET, clock=clock)
         server = RpcServer(
             address="127.0.0.1:0",
             verifier=IdentityVerifier({"edge": public}),

@@ -4,9 +4,11 @@ from uuid import UUID
 
 import pytest
 
+from services.payment.lane import Lanes
 from services.payment.store import SqlLedgerStore
 from shared.db.errors import DatabaseDamaged
 from shared.db.ids import new_id
+from tests.databases import SECRET
 from tests.integration.services.payment.conftest import euros, new_user, serving_ledger
 
 MOMENT_US = 1_767_225_600_000_000
@@ -27,35 +29,65 @@ async def books(ledger):
     return ledger
 
 
-def insert_entry(books, account: str, side: int, units: object, transaction_id, number: int, **but):
-    values = {
+def entry(books, account: str, side: int, units: object, number: int, **but) -> dict[str, object]:
+    """A row of an account's journal that follows on what the books fixture left."""
+    before = 10_000 if account == books.first else 0
+    debit = units if side == 1 and isinstance(units, int) else 0
+    return {
         "bucket": 77,
-        "id": typed(books, new_id(77)),
         "tenant": "'default'",
         "owner": typed(books, books.ada.subject),
         "owner_kind": 1,
         "transaction_bucket": 77,
-        "transaction_id": typed(books, transaction_id),
-        "position": side,
         "account_id": typed(books, account),
         "account_sequence": number,
         "side": side,
         "currency_code": "'EUR'",
         "minor_units": units,
         "recorded_at_us": MOMENT_US,
+        "held_minor_units": 0,
+        "posted_debit": debit,
+        "posted_credit": before + (units if not debit and isinstance(units, int) else 0),
+        "pending_debit": 0,
+        "pending_credit": 0,
+        "floor_side": 2,
         **but,
     }
-    return (
-        f"INSERT INTO entry ({', '.join(values)}) VALUES ({', '.join(map(str, values.values()))})"
-    )
 
 
-def insert_seal(books, transaction_id, count: int) -> str:
-    return (
-        "INSERT INTO ledger_transaction (bucket, id, tenant, owner, owner_kind, description, "
-        f"entry_count, recorded_at_us) VALUES (77, {typed(books, transaction_id)}, 'default', "
-        f"{typed(books, books.ada.subject)}, 1, '', {count}, {MOMENT_US})"
-    )
+def seal(books, count: int) -> dict[str, object]:
+    return {
+        "bucket": 77,
+        "tenant": "'default'",
+        "owner": typed(books, books.ada.subject),
+        "owner_kind": 1,
+        "description": "''",
+        "entry_count": count,
+        "recorded_at_us": MOMENT_US,
+        "state": 1,
+        "result": 0,
+        "account_id": typed(books, books.first),
+        "account_sequence": 2,
+        "fingerprint": "''",
+        "entries": "'[]'",
+    }
+
+
+def insert(table: str, *rows: dict[str, object]) -> str:
+    values = ", ".join(f"({', '.join(map(str, row.values()))})" for row in rows)
+    return f"INSERT INTO {table} ({', '.join(rows[0])}) VALUES {values}"
+
+
+def written(books, *rows: dict[str, object], sealed: int | None = None) -> list[str]:
+    """A transaction as raw SQL: on Postgres one statement, for its rules look at whole ones."""
+    made = typed(books, new_id(77))
+    entries = insert("entry", *({**row, "transaction_id": made} for row in rows))
+    if sealed is None:
+        return [entries]
+    sealing = insert("ledger_transaction", {**seal(books, sealed), "id": made})
+    if books.shards.engine == "sqlite":
+        return [entries, sealing]
+    return [f"WITH lines AS ({entries}) {sealing}"]
 
 
 async def balances(books) -> list[int]:
@@ -66,83 +98,62 @@ async def run_all(books, *statements: str) -> None:
     await books.place.run_raw(0, *statements, admitted=[9, 77])
 
 
+def pair(books, units: int = 30, **but) -> list[dict[str, object]]:
+    """A debit of the first account and a credit of the second."""
+    return [entry(books, books.first, 1, units, 2, **but), entry(books, books.second, 2, units, 1)]
+
+
 async def test_even_entries_with_their_seal_are_taken(books):
-    made = new_id(77)
-    await run_all(
-        books,
-        insert_entry(books, books.first, 1, 30, made, 2),
-        insert_entry(books, books.second, 2, 30, made, 1),
-        insert_seal(books, made, 2),
-    )
+    await run_all(books, *written(books, *pair(books), sealed=2))
     assert await balances(books) == [9_970, 30]
+
+
+def change(at: int, **but):
+    """The pair with something wrong in one of its entries."""
+
+    def make(books) -> list[str]:
+        rows = pair(books)
+        rows[at] |= {key: value(books) if callable(value) else value for key, value in but.items()}
+        return written(books, *rows, sealed=2)
+
+    return make
 
 
 @pytest.mark.parametrize(
     ("refusal", "make"),
     [
-        ("(?i)foreign key", lambda b, t: [insert_entry(b, b.second, 2, 30, t, 1)]),
-        (
-            "entries_unbalanced",
-            lambda b, t: [
-                insert_entry(b, b.first, 1, 30, t, 2),
-                insert_entry(b, b.second, 2, 31, t, 1),
-                insert_seal(b, t, 2),
-            ],
-        ),
+        ("entries_unbalanced", change(1, minor_units=31, posted_credit=31)),
+        ("(?i)foreign key|transaction_missing", lambda b: written(b, *pair(b))),
+        ("entries_missing", lambda b: written(b, *pair(b), sealed=3)),
         (
             "entries_missing",
-            lambda b, t: [insert_entry(b, b.second, 2, 30, t, 1), insert_seal(b, t, 1)],
+            lambda b: [insert("ledger_transaction", {**seal(b, 2), "id": typed(b, new_id(77))})],
         ),
-        (
-            "entries_missing",
-            lambda b, t: [
-                insert_entry(b, b.first, 1, 30, t, 2),
-                insert_entry(b, b.second, 2, 30, t, 1),
-                insert_seal(b, t, 3),
-            ],
-        ),
-        ("entries_missing", lambda b, t: [insert_seal(b, t, 0)]),
-        ("account_floor", lambda b, t: [insert_entry(b, b.second, 1, 1, t, 1)]),
-        ("account_sequence_gap", lambda b, t: [insert_entry(b, b.second, 2, 1, t, 2)]),
-        ("entry_amount", lambda b, t: [insert_entry(b, b.second, 2, 0, t, 1)]),
-        ("entry_amount", lambda b, t: [insert_entry(b, b.second, 2, -1, t, 1)]),
+        ("account_floor", lambda b: written(b, *pair(b, 10_001), sealed=2)),
+        ("account_sequence_gap", change(1, account_sequence=2)),
+        ("entry_amount", change(1, minor_units=0, posted_credit=0)),
+        ("account_floor|account_sums|entry_amount", change(1, minor_units=-1, posted_credit=-1)),
         (
             "currency_mismatch",
-            lambda b, t: [insert_entry(b, b.second, 2, 1, t, 1, currency_code="'USD'")],
+            lambda b: written(b, *(row | {"currency_code": "'USD'"} for row in pair(b)), sealed=2),
         ),
-        ("balance_overflow", lambda b, t: [insert_entry(b, b.first, 2, 2**63 - 1, t, 2)]),
-        (
-            "entry.transaction_id, entry.account_id|entry_account_once",
-            lambda b, t: [
-                insert_entry(b, b.second, 2, 1, t, 1),
-                insert_entry(b, b.second, 2, 1, t, 2),
-            ],
-        ),
-        ("account_missing", lambda b, t: [insert_entry(b, b.second, 2, 1, t, 1, tenant="'x'")]),
-        ("account_missing", lambda b, t: [insert_entry(b, new_id(77), 2, 1, t, 1)]),
-        ("append_only", lambda b, t: ["UPDATE entry SET minor_units = 1"]),
-        ("append_only", lambda b, t: ["DELETE FROM entry"]),
-        ("append_only", lambda b, t: ["UPDATE ledger_transaction SET description = 'x'"]),
-        ("append_only", lambda b, t: ["DELETE FROM ledger_transaction"]),
-        ("accounts_are_kept", lambda b, t: ["DELETE FROM account"]),
-        ("balances_follow", lambda b, t: ["UPDATE account SET posted_credit = posted_credit + 1"]),
-        ("balances_follow", lambda b, t: ["UPDATE account SET entry_count = entry_count + 1"]),
-        ("account_is_fixed", lambda b, t: ["UPDATE account SET may_overdraw = NOT may_overdraw"]),
-        ("account_is_fixed", lambda b, t: ["UPDATE account SET currency_code = 'USD'"]),
-        (
-            "transaction_sealed",
-            lambda b, t: [
-                insert_entry(b, b.first, 1, 30, t, 2),
-                insert_entry(b, b.second, 2, 30, t, 1),
-                insert_seal(b, t, 2),
-                insert_entry(b, b.second, 2, 30, t, 2),
-            ],
-        ),
+        ("balances_follow_entries", change(1, posted_credit=31)),
+        ("balances_follow_entries", change(0, floor_side=0)),
+        ("account_missing", change(1, tenant="'x'")),
+        ("account_missing", change(1, account_id=lambda b: typed(b, new_id(77)))),
+        ("append_only", lambda b: ["UPDATE entry SET minor_units = 1"]),
+        ("append_only", lambda b: ["DELETE FROM entry"]),
+        ("append_only", lambda b: ["UPDATE ledger_transaction SET description = 'x'"]),
+        ("append_only", lambda b: ["UPDATE ledger_transaction SET state = 4"]),
+        ("append_only", lambda b: ["DELETE FROM ledger_transaction"]),
+        ("accounts_are_kept", lambda b: ["DELETE FROM account"]),
+        ("account_is_fixed", lambda b: ["UPDATE account SET may_overdraw = NOT may_overdraw"]),
+        ("account_is_fixed", lambda b: ["UPDATE account SET currency_code = 'USD'"]),
     ],
 )
 async def test_raw_sql_cannot_cook_the_books(books, refusal, make):
     with pytest.raises(Exception, match=refusal):
-        await run_all(books, *make(books, new_id(77)))
+        await run_all(books, *make(books))
     assert await balances(books) == [10_000, 0]
     assert await books.count("entry") == 2
 
@@ -151,19 +162,35 @@ async def test_raw_sql_cannot_cook_the_books(books, refusal, make):
 async def test_half_a_cent_is_no_integer(books):
     # Postgres makes it one: the column's type rounds before any trigger sees it.
     with pytest.raises(Exception, match="not_an_integer"):
-        await run_all(books, insert_entry(books, books.second, 2, 1.5, new_id(77), 1))
+        await run_all(books, *written(books, entry(books, books.second, 2, 1.5, 1)))
+
+
+async def test_a_sealed_transaction_takes_no_more_entries(books):
+    statements = written(books, *pair(books), sealed=2)
+    await run_all(books, *statements)
+    row = await books.shards.bucket(77).fetch_one(
+        "SELECT id FROM ledger_transaction WHERE tenant = 'default' AND owner = $1",
+        UUID(books.ada.subject),
+    )
+    later = [
+        entry(books, books.first, 1, 5, 3, posted_debit=35, posted_credit=10_000),
+        entry(books, books.second, 2, 5, 2, posted_credit=35),
+    ]
+    more = insert("entry", *({**one, "transaction_id": typed(books, row["id"])} for one in later))
+    with pytest.raises(Exception, match="transaction_sealed"):
+        await run_all(books, more)
 
 
 @pytest.mark.parametrize(
     "sql",
     [
-        "UPDATE account SET posted_credit = 99 WHERE posted_credit > 0",
+        "UPDATE entry SET posted_credit = 99 WHERE posted_credit > 0",
         "UPDATE entry SET minor_units = 99 WHERE side = 2",
         "DELETE FROM ledger_transaction",
     ],
 )
 async def test_a_ledger_that_does_not_add_up_is_not_served(books, clock, sql):
-    store = SqlLedgerStore(books.shards, clock)
+    store = SqlLedgerStore(books.shards, Lanes(books.shards, clock), secret=SECRET)
     await store.verify(entries_max=1_000)
     await books.place.run_unguarded(0, sql)
     with pytest.raises(DatabaseDamaged, match="does not add up"):
