@@ -93,6 +93,12 @@ class HoldEnded(FailedPrecondition):
         super().__init__(f"the hold is {words}", metadata={"state": how})
 
 
+class BatchRefused(FailedPrecondition):
+    """Another transaction of an atomic batch was refused."""
+
+    reason = "BATCH_REFUSED"
+
+
 class CurrencyUnknown(InvalidRequest):
     """Not an ISO 4217 currency."""
 
@@ -324,15 +330,15 @@ def require_amount(minor_units: int, *, field: str) -> None:
         raise InvalidRequest.of_field(field, "must be 1 or more minor units")
 
 
-def require_balanced(entries: Sequence[NewEntry]) -> None:
-    """Check what can be checked before any account is read.
+def require_balanced(entries: Sequence[NewEntry], *, field: str = "transaction.entries") -> None:
+    """Check what can be checked before any account is read; `field` is the request's, for errors.
 
     Raises:
         EntriesUnbalanced: debits and credits differ in some currency.
         InvalidRequest: too few entries, a wrong amount, or one account twice.
     """
     if not ENTRIES_MIN <= len(entries) <= ENTRIES_MAX:
-        raise InvalidRequest.of_field("transaction.entries", "must be 2 to 100 entries")
+        raise InvalidRequest.of_field(field, "must be 2 to 100 entries")
     seen: set[UUID] = set()
     debited: dict[str, int] = {}
     credited: dict[str, int] = {}
@@ -346,9 +352,9 @@ def require_balanced(entries: Sequence[NewEntry]) -> None:
     codes = sorted(debited | credited)
     if wrong := [code for code in codes if debited.get(code) != credited.get(code)]:
         description = f"debits and credits differ in {', '.join(wrong)}"
-        raise EntriesUnbalanced.of_field("transaction.entries", description)
+        raise EntriesUnbalanced.of_field(field, description)
     if max(debited.values()) > INT64_MAX:
-        raise BalanceOverflow.of_field("transaction.entries", "add up to more than 2^63-1")
+        raise BalanceOverflow.of_field(field, "add up to more than 2^63-1")
 
 
 def bucket_account(entries: Sequence[NewEntry]) -> UUID:

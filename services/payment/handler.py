@@ -8,6 +8,9 @@ from tenfold.ledger.v1.ledger_pb2 import Balance as BalanceMessage
 from tenfold.ledger.v1.ledger_pb2 import Entry as EntryMessage
 from tenfold.ledger.v1.ledger_pb2 import Transaction as TransactionMessage
 from tenfold.ledger.v1.ledger_service_pb2 import (
+    BatchPostResult,
+    BatchPostTransactionsRequest,
+    BatchPostTransactionsResponse,
     CreateAccountRequest,
     CurrencyTotal,
     GetAccountRequest,
@@ -22,6 +25,7 @@ from tenfold.ledger.v1.ledger_service_pb2 import (
     TransferFundsRequest,
     TrialBalance,
 )
+from tenfold.ledger.v1.ledger_service_pb2 import NewTransaction as NewTransactionMessage
 
 from services.payment.domain import (
     Account,
@@ -37,10 +41,11 @@ from services.payment.domain import (
     require_balanced,
     require_operator_for,
     transaction_id_of_name,
+    transaction_name,
     transfer_entries,
 )
 from services.payment.events import account_to_proto, timestamp_of, transaction_to_proto
-from services.payment.posting import Order
+from services.payment.posting import Answer, Order, Result
 from services.payment.refusals import REPLAYED, refusal_of
 from services.payment.store import (
     LAST_ID,
@@ -145,7 +150,7 @@ class LedgerHandler:
             payer=None if caller.is_operator else caller.owner,
             is_transfer=True,
         )
-        return await self._post(order, once)
+        return await self._post(order, once, is_preview=request.validate_only)
 
     async def PostTransaction(
         self, request: PostTransactionRequest, context: Context
@@ -153,28 +158,82 @@ class LedgerHandler:
         """Any balanced entries on the tenant's accounts, by an operator."""
         caller, once = caller_of(context.principal), once_of(context, request)
         asked = request.transaction
-        entries = [new_entry_of_proto(entry, at) for at, entry in enumerate(asked.entries)]
-        require_balanced(entries)
-        order = Order(
-            self._store.order_id(once, bucket_of(bucket_account(entries))),
+        order = self._order_of_proto(asked, caller, once, field="transaction")
+        return await self._post(order, once, is_preview=request.validate_only)
+
+    async def BatchPostTransactions(
+        self, request: BatchPostTransactionsRequest, context: Context
+    ) -> BatchPostTransactionsResponse:
+        """Many transactions of an operator, decided in one batch."""
+        caller, once = caller_of(context.principal), once_of(context, request)
+        last = len(request.transactions) - 1
+        orders = [
+            self._order_of_proto(
+                asked,
+                caller,
+                once,
+                field=f"transactions[{at}]",
+                at=at,
+                is_linked=request.atomic and at < last,
+            )
+            for at, asked in enumerate(request.transactions)
+        ]
+        if request.validate_only:
+            answers = await self._store.preview(orders)
+        else:
+            answers = await self._store.decide(orders, once=once)
+        if all(answer.result in REPLAYED for answer in answers):
+            once.on_replay()
+        return BatchPostTransactionsResponse(
+            results=[
+                batch_result_to_proto(answer, order, is_preview=request.validate_only)
+                for answer, order in zip(answers, orders, strict=True)
+            ]
+        )
+
+    def _order_of_proto(
+        self,
+        asked: NewTransactionMessage,
+        caller: Caller,
+        once: Once,
+        *,
+        field: str,
+        at: int = 0,
+        is_linked: bool = False,
+    ) -> Order:
+        entries = tuple(
+            new_entry_of_proto(entry, field=f"{field}.entries[{number}]")
+            for number, entry in enumerate(asked.entries)
+        )
+        require_balanced(entries, field=f"{field}.entries")
+        return Order(
+            self._store.order_id(once, bucket_of(bucket_account(entries)), at=at),
             caller.tenant,
             caller.owner,
-            tuple(entries),
+            entries,
             once.fingerprint,
             reference=asked.reference,
             description=asked.description,
+            is_linked=is_linked,
         )
-        return await self._post(order, once)
 
-    async def _post(self, order: Order, once: Once) -> TransactionMessage:
-        [answer] = await self._store.decide([order], once=once)
+    async def _post(
+        self, order: Order, once: Once, *, is_preview: bool = False
+    ) -> TransactionMessage:
+        if is_preview:
+            [answer] = await self._store.preview([order])
+        else:
+            [answer] = await self._store.decide([order], once=once)
         if answer.result in REPLAYED:
             once.on_replay()
         refusal = refusal_of(answer, order)
         if refusal is not None:
             raise refusal
         assert answer.record is not None
-        return transaction_to_proto(transaction_of_record(answer.record))
+        message = transaction_to_proto(transaction_of_record(answer.record))
+        if is_preview and answer.result is Result.OK:
+            message.ClearField("name")
+        return message
 
     async def GetTransaction(
         self, request: GetTransactionRequest, context: Context
@@ -240,9 +299,24 @@ def caller_of(principal: Principal) -> Caller:
         raise PermissionDenied("only users and service accounts have accounts") from error
 
 
-def new_entry_of_proto(entry: EntryMessage, at: int) -> NewEntry:
-    """One entry of a PostTransaction request, the `at`-th from 0."""
-    field = f"transaction.entries[{at}]"
+def batch_result_to_proto(answer: Answer, order: Order, *, is_preview: bool) -> BatchPostResult:
+    """What one transaction of a batch is answered."""
+    refusal = refusal_of(answer, order)
+    if refusal is not None:
+        return BatchPostResult(
+            outcome=BatchPostResult.OUTCOME_REFUSED,
+            reason=refusal.error_reason,
+            message=refusal.message,
+        )
+    is_new = answer.result is Result.OK
+    return BatchPostResult(
+        outcome=BatchPostResult.OUTCOME_POSTED if is_new else BatchPostResult.OUTCOME_EXISTED,
+        transaction="" if is_preview and is_new else transaction_name(order.order_id),
+    )
+
+
+def new_entry_of_proto(entry: EntryMessage, *, field: str) -> NewEntry:
+    """One entry of a request, which the request calls `field`."""
     return NewEntry(
         account_id=account_id_of_name(entry.account, field=f"{field}.account"),
         side=Side(entry.side),

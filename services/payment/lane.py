@@ -12,18 +12,18 @@ whose fate is unknown is decided again.
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from uuid import UUID
 
 from services.payment.journal import Journal, journal_of
-from services.payment.posting import Answer, Order, apply
+from services.payment.posting import Answer, Order, Outcome, apply
 from shared.clock import Clock, to_us
 from shared.db.errors import ConstraintViolation
 from shared.db.ids import bucket_of
 from shared.db.limits import RETRY_AFTER_S
-from shared.db.port import Shards
+from shared.db.port import Shards, Transaction
 from shared.errors import Aborted, FailedPrecondition, Overloaded, Unavailable
 
 BATCH_ORDERS_MAX = 1024
@@ -159,16 +159,30 @@ class Lane:
         raise AssertionError("the last try returns or raises")
 
     async def _decide(self, orders: Sequence[Order]) -> list[Answer]:
+        async with self._deciding(orders, is_exclusive=True) as (tx, outcome):
+            if outcome.records:
+                await self._journal.write(tx, outcome)
+        self.batch_count += 1
+        return outcome.answers
+
+    async def preview(self, orders: Sequence[Order]) -> list[Answer]:
+        """What these orders would be answered now; nothing is written."""
+        async with self._deciding(orders, is_exclusive=False) as (_, outcome):
+            return outcome.answers
+
+    @asynccontextmanager
+    async def _deciding(
+        self, orders: Sequence[Order], *, is_exclusive: bool
+    ) -> AsyncIterator[tuple[Transaction, Outcome]]:
         journal, ids = self._journal, [order.order_id for order in orders]
         holds = {order.pending_id for order in orders if order.pending_id is not None}
         accounts = {entry.account_id for order in orders for entry in order.entries}
+        accounts |= await self._accounts_of_holds(holds)
         buckets = {bucket_of(key) for key in [*ids, *holds, *accounts]}
-        if holds:
-            accounts |= await self._accounts_of_holds(holds)
-            buckets |= {bucket_of(key) for key in accounts}
         first = min(buckets)
         async with self._shards.bucket(first).transaction(also=buckets - {first}) as tx:
-            await journal.begin(tx, buckets)
+            if is_exclusive:
+                await journal.begin(tx, buckets)
             standings = await journal.standings(tx, list(accounts)) if accounts else {}
             known = await journal.records(tx, [*ids, *holds])
             wanted = {
@@ -178,11 +192,7 @@ class Lane:
             }
             references = await journal.references(tx, list(wanted)) if wanted else {}
             now_us = to_us(self._clock.now())
-            outcome = apply(standings, known, orders, now_us=now_us, references=references)
-            if outcome.records:
-                await journal.write(tx, outcome)
-        self.batch_count += 1
-        return outcome.answers
+            yield tx, apply(standings, known, orders, now_us=now_us, references=references)
 
     async def _accounts_of_holds(self, holds: set[UUID]) -> set[UUID]:
         """What holds name never changes, so it may be read before the transaction."""
@@ -210,20 +220,31 @@ class Lanes:
             OnSeveralShards: they are on more than one.
             Overloaded, Unavailable, Aborted: see Lane.submit.
         """
-        buckets = frozenset(
-            bucket_of(key)
-            for order in orders
-            for key in (order.order_id, *(entry.account_id for entry in order.entries))
-        )
+        buckets = _buckets_of(orders)
         for _ in range(ROUTES_MAX):
-            indexes = {self._shards.shard_index(bucket) for bucket in buckets}
-            if len(indexes) > 1:
-                raise OnSeveralShards
             try:
-                return await self.lanes[indexes.pop()].submit(Group(orders, buckets))
+                return await self._lane_of(buckets).submit(Group(orders, buckets))
             except _Rerouted:
                 continue
         raise Unavailable("this part of the data is moving; try again", retry_after_s=RETRY_AFTER_S)
+
+    async def preview(self, orders: Sequence[Order]) -> list[Answer]:
+        """What `submit` would answer now; nothing is written, and nothing waits for it."""
+        return await self._lane_of(_buckets_of(orders)).preview(orders)
+
+    def _lane_of(self, buckets: Collection[int]) -> Lane:
+        indexes = {self._shards.shard_index(bucket) for bucket in buckets}
+        if len(indexes) > 1:
+            raise OnSeveralShards
+        return self.lanes[indexes.pop()]
+
+
+def _buckets_of(orders: Sequence[Order]) -> frozenset[int]:
+    return frozenset(
+        bucket_of(key)
+        for order in orders
+        for key in (order.order_id, *(entry.account_id for entry in order.entries))
+    )
 
 
 @asynccontextmanager

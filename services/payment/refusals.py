@@ -6,6 +6,7 @@ from services.payment.domain import (
     AccountClosed,
     AccountNotFound,
     BalanceOverflow,
+    BatchRefused,
     CurrencyMismatch,
     HoldEnded,
     HoldNotFound,
@@ -14,7 +15,7 @@ from services.payment.domain import (
     ReferenceTaken,
 )
 from services.payment.posting import Answer, Order, Result
-from shared.errors import FailedPrecondition, IdempotencyKeyReused, InvalidRequest, TenfoldError
+from shared.errors import IdempotencyKeyReused, InvalidRequest, TenfoldError
 
 REPLAYED = frozenset({Result.EXISTS, Result.ID_ALREADY_FAILED})
 
@@ -72,5 +73,5 @@ def _refusal(result: Result, order: Order) -> TenfoldError:
     if result is Result.EXCEEDS_PENDING_TRANSFER_AMOUNT:
         return InvalidRequest.of_field("amount.minor_units", "must be at most what is held")
     if result in (Result.LINKED_EVENT_FAILED, Result.LINKED_EVENT_CHAIN_OPEN):
-        return FailedPrecondition("another transaction of this batch was refused")
+        return BatchRefused("another transaction of this batch was refused")
     return HoldEnded(result.name.removeprefix("PENDING_TRANSFER_"))

@@ -153,6 +153,10 @@ class LedgerStore(Protocol):
         """
         ...
 
+    async def preview(self, orders: Sequence[Order]) -> list[Answer]:
+        """What `decide` would answer now; nothing is written."""
+        ...
+
     def order_id(self, once: Once, bucket: int, *, at: int = 0) -> UUID:
         """The id of the `at`-th order of a request: the same for every repeat of it."""
         ...
@@ -229,6 +233,10 @@ class SqlLedgerStore:
         if once.principal.kind is not PrincipalKind.USER:
             await self._claim(once)
         return await self._lanes.submit(orders)
+
+    async def preview(self, orders: Sequence[Order]) -> list[Answer]:
+        """See LedgerStore.preview."""
+        return await self._lanes.preview(orders)
 
     def order_id(self, once: Once, bucket: int, *, at: int = 0) -> UUID:
         """See LedgerStore.order_id."""

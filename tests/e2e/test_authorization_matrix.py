@@ -121,13 +121,12 @@ VALID_REQUESTS: dict[str, Callable[[World], Message | dict[str, str]]] = {
         account=w.account, to_account=w.cash, amount=euros(1), request_id=fresh()
     ),
     "/tenfold.ledger.v1.LedgerService/PostTransaction": lambda w: ledger.PostTransactionRequest(
-        transaction=ledger.NewTransaction(
-            entries=[
-                entry(w.cash, ledger_pb2.SIDE_DEBIT),
-                entry(w.account, ledger_pb2.SIDE_CREDIT),
-            ]
-        ),
-        request_id=fresh(),
+        transaction=deposit(w), request_id=fresh()
+    ),
+    "/tenfold.ledger.v1.LedgerService/BatchPostTransactions": (
+        lambda w: ledger.BatchPostTransactionsRequest(
+            transactions=[deposit(w)], request_id=fresh()
+        )
     ),
     "/tenfold.ledger.v1.LedgerService/GetTransaction": lambda w: ledger.GetTransactionRequest(
         name=w.transaction
@@ -207,6 +206,15 @@ def euros(minor_units: int) -> Money:
 
 def entry(account: str, side: ledger_pb2.Side.ValueType) -> ledger_pb2.Entry:
     return ledger_pb2.Entry(account=account, side=side, amount=euros(1_000))
+
+
+def deposit(world: "World") -> ledger.NewTransaction:
+    return ledger.NewTransaction(
+        entries=[
+            entry(world.cash, ledger_pb2.SIDE_DEBIT),
+            entry(world.account, ledger_pb2.SIDE_CREDIT),
+        ]
+    )
 
 
 def tail(name: str) -> str:

@@ -8,6 +8,8 @@ import pytest
 from tenfold.ledger.v1.ledger_events_pb2 import AccountOpened, TransactionPosted
 from tenfold.ledger.v1.ledger_pb2 import SIDE_CREDIT, SIDE_DEBIT, Account
 from tenfold.ledger.v1.ledger_service_pb2 import (
+    BatchPostResult,
+    BatchPostTransactionsRequest,
     CreateAccountRequest,
     GetAccountRequest,
     GetBalanceRequest,
@@ -16,6 +18,7 @@ from tenfold.ledger.v1.ledger_service_pb2 import (
     ListAccountsRequest,
     ListTransactionsRequest,
     NewAccount,
+    NewTransaction,
     PostTransactionRequest,
     TransferFundsRequest,
 )
@@ -426,6 +429,98 @@ async def test_a_user_may_neither_post_nor_audit(ledger, accounts):
     ):
         with pytest.raises(PermissionDenied):
             await ledger.call(method, request, eve)
+
+
+# Batches and dry runs ---------------------------------------------------------------------
+
+
+def moves(*asked: tuple[str, str, int]) -> list[NewTransaction]:
+    """Transactions of one debit and one credit each."""
+    return [
+        NewTransaction(entries=[debit(payer, euros(units)), credit(payee, euros(units))])
+        for payer, payee, units in asked
+    ]
+
+
+async def batch(ledger, *asked: NewTransaction, **options):
+    request = BatchPostTransactionsRequest(transactions=asked, **{"request_id": key(), **options})
+    answer = await ledger.call("BatchPostTransactions", request, ledger.operator)
+    return [(one.outcome, one.reason) for one in answer.results], answer
+
+
+POSTED, EXISTED, REFUSED = (
+    (BatchPostResult.OUTCOME_POSTED, ""),
+    (BatchPostResult.OUTCOME_EXISTED, ""),
+    (BatchPostResult.OUTCOME_REFUSED, "INSUFFICIENT_FUNDS"),
+)
+
+
+async def test_each_transaction_of_a_batch_has_a_result_of_its_own_and_keeps_it(ledger, accounts):
+    cash, first, second, *_ = accounts
+    asked = moves((cash, first, 100), (first, second, 101), (first, second, 60))
+    results, answer = await batch(ledger, *asked, request_id="one batch")
+    assert results == [POSTED, REFUSED, POSTED]
+    await ledger.deposit(first, 1_000)
+    again, repeated = await batch(ledger, *asked, request_id="one batch")
+    assert again == [EXISTED, REFUSED, EXISTED]
+    assert [one.transaction for one in repeated.results] == [
+        one.transaction for one in answer.results
+    ]
+    request = GetTransactionRequest(name=answer.results[2].transaction)
+    read = await ledger.call("GetTransaction", request, ledger.operator)
+    assert [entry.amount.minor_units for entry in read.entries] == [60, 60]
+    with pytest.raises(IdempotencyKeyReused):
+        await batch(ledger, *asked[:2], request_id="one batch")
+
+
+async def test_an_atomic_batch_is_posted_whole_or_not_at_all(ledger, accounts):
+    cash, first, second, *_ = accounts
+    other = (BatchPostResult.OUTCOME_REFUSED, "BATCH_REFUSED")
+    asked = moves((cash, first, 100), (first, second, 101), (first, second, 1))
+    assert (await batch(ledger, *asked, atomic=True))[0] == [other, REFUSED, other]
+    asked = moves((cash, first, 100), (first, second, 100))
+    assert (await batch(ledger, *asked, atomic=True))[0] == [POSTED, POSTED]
+    assert await ledger.available(ledger.operator, second) == 100
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        (lambda a: moves((a[0], a[1], 0)), "transactions[1].entries[0].amount.minor_units"),
+        (lambda a: moves((a[0], a[0], 1)), "transactions[1].entries[1].account"),
+        (lambda a: moves((a[0], "accounts/x1", 1)), "transactions[1].entries[1].account"),
+        (
+            lambda a: [NewTransaction(entries=[debit(a[0], euros(1)), credit(a[1], euros(2))])],
+            "transactions[1].entries",
+        ),
+        (lambda a: moves((a[0], a[1], 1)) * 500, "transactions"),
+    ],
+    ids=["amount", "account twice", "account", "uneven", "501 of them"],
+)
+async def test_a_wrong_transaction_of_a_batch_is_named_and_none_is_posted(
+    ledger, accounts, wrong, field
+):
+    before = await posted_counts(ledger)
+    with pytest.raises(InvalidRequest) as caught:
+        await batch(ledger, *moves((accounts[0], accounts[1], 1)), *wrong(accounts))
+    assert caught.value.violations[0].field == field
+    assert await posted_counts(ledger) == before
+
+
+async def test_a_dry_run_says_what_would_happen_and_leaves_its_key_unused(ledger, accounts):
+    cash, first, second, *_ = accounts
+    before = await ledger.count("entry"), await ledger.count("ledger_transaction")
+    asked = moves((cash, first, 100), (first, second, 60), (first, second, 60))
+    results, answer = await batch(ledger, *asked, request_id="later", validate_only=True)
+    assert results == [POSTED, POSTED, REFUSED]
+    assert [one.transaction for one in answer.results] == ["", "", ""]
+    request = PostTransactionRequest(transaction=asked[0], validate_only=True, request_id=key())
+    said = await ledger.call("PostTransaction", request, ledger.operator)
+    assert (said.name, said.entries[0].amount.minor_units) == ("", 100)
+    with pytest.raises(FailedPrecondition):
+        await ledger.transfer(ledger.operator, first, second, euros(1), validate_only=True)
+    assert before == (await ledger.count("entry"), await ledger.count("ledger_transaction"))
+    assert (await batch(ledger, *asked[:1], request_id="later"))[0] == [POSTED]
 
 
 # Lists and sums --------------------------------------------------------------------------

@@ -42,6 +42,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The reference belongs to another transaction."""
     ERROR_REASON_CURRENCY_UNKNOWN: _ErrorReason.ValueType  # 7
     """Not an ISO 4217 currency."""
+    ERROR_REASON_HOLD_ENDED: _ErrorReason.ValueType  # 8
+    """The hold was posted, voided or has expired."""
+    ERROR_REASON_BATCH_REFUSED: _ErrorReason.ValueType  # 9
+    """Another transaction of an atomic batch was refused."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why the ledger refuses, beside the common reasons."""
@@ -61,6 +65,10 @@ ERROR_REASON_REFERENCE_TAKEN: ErrorReason.ValueType  # 6
 """The reference belongs to another transaction."""
 ERROR_REASON_CURRENCY_UNKNOWN: ErrorReason.ValueType  # 7
 """Not an ISO 4217 currency."""
+ERROR_REASON_HOLD_ENDED: ErrorReason.ValueType  # 8
+"""The hold was posted, voided or has expired."""
+ERROR_REASON_BATCH_REFUSED: ErrorReason.ValueType  # 9
+"""Another transaction of an atomic batch was refused."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 class _Side:

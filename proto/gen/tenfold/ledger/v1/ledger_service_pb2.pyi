@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from tenfold.common.v1 import money_pb2 as _money_pb2
 from tenfold.ledger.v1 import ledger_pb2 as _ledger_pb2
 import builtins as _builtins
@@ -167,12 +168,15 @@ class TransferFundsRequest(_message.Message):
     AMOUNT_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     account: _builtins.str
     """The payer, an account of the caller."""
     to_account: _builtins.str
     """The payee."""
     description: _builtins.str
     request_id: _builtins.str
+    validate_only: _builtins.bool
+    """Only say what would happen; the answer has no name."""
     @_builtins.property
     def amount(self) -> _money_pb2.Money: ...
     def __init__(
@@ -183,10 +187,11 @@ class TransferFundsRequest(_message.Message):
         amount: _money_pb2.Money | None = ...,
         description: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount", b"amount", "description", b"description", "request_id", b"request_id", "to_account", b"to_account"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount", b"amount", "description", b"description", "request_id", b"request_id", "to_account", b"to_account", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -198,7 +203,10 @@ class PostTransactionRequest(_message.Message):
 
     TRANSACTION_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    validate_only: _builtins.bool
+    """Only say what would happen; the answer has no name."""
     @_builtins.property
     def transaction(self) -> Global___NewTransaction: ...
     def __init__(
@@ -206,14 +214,122 @@ class PostTransactionRequest(_message.Message):
         *,
         transaction: Global___NewTransaction | None = ...,
         request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transaction", b"transaction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "transaction", b"transaction"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "transaction", b"transaction", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PostTransactionRequest: _TypeAlias = PostTransactionRequest  # noqa: Y015
+
+@_typing.final
+class BatchPostTransactionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSACTIONS_FIELD_NUMBER: _builtins.int
+    ATOMIC_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    atomic: _builtins.bool
+    """Whether one that is refused refuses all."""
+    request_id: _builtins.str
+    validate_only: _builtins.bool
+    """Only say what would happen; the results have no names."""
+    @_builtins.property
+    def transactions(self) -> _containers.RepeatedCompositeFieldContainer[Global___NewTransaction]:
+        """Decided in this order."""
+
+    def __init__(
+        self,
+        *,
+        transactions: _abc.Iterable[Global___NewTransaction] | None = ...,
+        atomic: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["atomic", b"atomic", "request_id", b"request_id", "transactions", b"transactions", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchPostTransactionsRequest: _TypeAlias = BatchPostTransactionsRequest  # noqa: Y015
+
+@_typing.final
+class BatchPostTransactionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchPostResult]:
+        """One for each transaction, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___BatchPostResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchPostTransactionsResponse: _TypeAlias = BatchPostTransactionsResponse  # noqa: Y015
+
+@_typing.final
+class BatchPostResult(_message.Message):
+    """What became of one transaction of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Outcome:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[BatchPostResult._Outcome.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        OUTCOME_UNSPECIFIED: BatchPostResult._Outcome.ValueType  # 0
+        OUTCOME_POSTED: BatchPostResult._Outcome.ValueType  # 1
+        OUTCOME_EXISTED: BatchPostResult._Outcome.ValueType  # 2
+        """An earlier call under this request id has posted it."""
+        OUTCOME_REFUSED: BatchPostResult._Outcome.ValueType  # 3
+
+    class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper): ...
+    OUTCOME_UNSPECIFIED: BatchPostResult.Outcome.ValueType  # 0
+    OUTCOME_POSTED: BatchPostResult.Outcome.ValueType  # 1
+    OUTCOME_EXISTED: BatchPostResult.Outcome.ValueType  # 2
+    """An earlier call under this request id has posted it."""
+    OUTCOME_REFUSED: BatchPostResult.Outcome.ValueType  # 3
+
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    TRANSACTION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    outcome: Global___BatchPostResult.Outcome.ValueType
+    transaction: _builtins.str
+    """transactions/{transaction}; empty if it was refused."""
+    reason: _builtins.str
+    """Why it was refused, as an ErrorReason without its prefix or a common reason."""
+    message: _builtins.str
+    """The same as a sentence."""
+    def __init__(
+        self,
+        *,
+        outcome: Global___BatchPostResult.Outcome.ValueType = ...,
+        transaction: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "outcome", b"outcome", "reason", b"reason", "transaction", b"transaction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchPostResult: _TypeAlias = BatchPostResult  # noqa: Y015
 
 @_typing.final
 class NewTransaction(_message.Message):

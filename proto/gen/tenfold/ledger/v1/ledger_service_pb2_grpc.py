@@ -65,6 +65,11 @@ class LedgerServiceStub:
                 request_serializer=tenfold_dot_ledger_dot_v1_dot_ledger__service__pb2.PostTransactionRequest.SerializeToString,
                 response_deserializer=tenfold_dot_ledger_dot_v1_dot_ledger__pb2.Transaction.FromString,
                 _registered_method=True)
+        self.BatchPostTransactions = channel.unary_unary(
+                '/tenfold.ledger.v1.LedgerService/BatchPostTransactions',
+                request_serializer=tenfold_dot_ledger_dot_v1_dot_ledger__service__pb2.BatchPostTransactionsRequest.SerializeToString,
+                response_deserializer=tenfold_dot_ledger_dot_v1_dot_ledger__service__pb2.BatchPostTransactionsResponse.FromString,
+                _registered_method=True)
         self.GetTransaction = channel.unary_unary(
                 '/tenfold.ledger.v1.LedgerService/GetTransaction',
                 request_serializer=tenfold_dot_ledger_dot_v1_dot_ledger__service__pb2.GetTransactionRequest.SerializeToString,
@@ -139,6 +144,19 @@ class LedgerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchPostTransactions(self, request, context):
+        """Posts up to 500 transactions in one batch: each has its own result, or, if atomic, all are
+        posted or none. Under the same request id every transaction is answered as it was the first
+        time, so a batch of which the answer was lost may be sent again. For operators.
+
+        Errors: as PostTransaction, for what is wrong in the request itself; what the books refuse is
+        a result.
+        Emits: TransactionPosted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetTransaction(self, request, context):
         """Reads a transaction that touches an account of the caller.
 
@@ -197,6 +215,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.PostTransaction,
                     request_deserializer=tenfold_dot_ledger_dot_v1_dot_ledger__service__pb2.PostTransactionRequest.FromString,
                     response_serializer=tenfold_dot_ledger_dot_v1_dot_ledger__pb2.Transaction.SerializeToString,
+            ),
+            'BatchPostTransactions': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchPostTransactions,
+                    request_deserializer=tenfold_dot_ledger_dot_v1_dot_ledger__service__pb2.BatchPostTransactionsRequest.FromString,
+                    response_serializer=tenfold_dot_ledger_dot_v1_dot_ledger__service__pb2.BatchPostTransactionsResponse.SerializeToString,
             ),
             'GetTransaction': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTransaction,
@@ -376,6 +399,33 @@ class LedgerService:
             '/tenfold.ledger.v1.LedgerService/PostTransaction',
             tenfold_dot_ledger_dot_v1_dot_ledger__service__pb2.PostTransactionRequest.SerializeToString,
             tenfold_dot_ledger_dot_v1_dot_ledger__pb2.Transaction.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchPostTransactions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tenfold.ledger.v1.LedgerService/BatchPostTransactions',
+            tenfold_dot_ledger_dot_v1_dot_ledger__service__pb2.BatchPostTransactionsRequest.SerializeToString,
+            tenfold_dot_ledger_dot_v1_dot_ledger__service__pb2.BatchPostTransactionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,6 +59,15 @@ class LedgerServiceStub:
     (REFERENCE_TAKEN).
     Emits: TransactionPosted.
     """
+    BatchPostTransactions: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.BatchPostTransactionsRequest, _ledger_service_pb2.BatchPostTransactionsResponse]
+    """Posts up to 500 transactions in one batch: each has its own result, or, if atomic, all are
+    posted or none. Under the same request id every transaction is answered as it was the first
+    time, so a batch of which the answer was lost may be sent again. For operators.
+
+    Errors: as PostTransaction, for what is wrong in the request itself; what the books refuse is
+    a result.
+    Emits: TransactionPosted.
+    """
     GetTransaction: _grpc.UnaryUnaryMultiCallable[_ledger_service_pb2.GetTransactionRequest, _ledger_pb2.Transaction]
     """Reads a transaction that touches an account of the caller.
 
@@ -102,6 +111,15 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
 
     Errors: as TransferFunds, and INVALID_ARGUMENT (ENTRIES_UNBALANCED); ALREADY_EXISTS
     (REFERENCE_TAKEN).
+    Emits: TransactionPosted.
+    """
+    BatchPostTransactions: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.BatchPostTransactionsRequest, _ledger_service_pb2.BatchPostTransactionsResponse]  # type: ignore[assignment]
+    """Posts up to 500 transactions in one batch: each has its own result, or, if atomic, all are
+    posted or none. Under the same request id every transaction is answered as it was the first
+    time, so a batch of which the answer was lost may be sent again. For operators.
+
+    Errors: as PostTransaction, for what is wrong in the request itself; what the books refuse is
+    a result.
     Emits: TransactionPosted.
     """
     GetTransaction: _aio.UnaryUnaryMultiCallable[_ledger_service_pb2.GetTransactionRequest, _ledger_pb2.Transaction]  # type: ignore[assignment]
@@ -180,6 +198,21 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: as TransferFunds, and INVALID_ARGUMENT (ENTRIES_UNBALANCED); ALREADY_EXISTS
         (REFERENCE_TAKEN).
+        Emits: TransactionPosted.
+        """
+
+    @_abc_1.abstractmethod
+    def BatchPostTransactions(
+        self,
+        request: _ledger_service_pb2.BatchPostTransactionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_service_pb2.BatchPostTransactionsResponse, _abc.Awaitable[_ledger_service_pb2.BatchPostTransactionsResponse]]:
+        """Posts up to 500 transactions in one batch: each has its own result, or, if atomic, all are
+        posted or none. Under the same request id every transaction is answered as it was the first
+        time, so a batch of which the answer was lost may be sent again. For operators.
+
+        Errors: as PostTransaction, for what is wrong in the request itself; what the books refuse is
+        a result.
         Emits: TransactionPosted.
         """
 
