@@ -341,6 +341,8 @@ class Mover:
                 self._require(await self._dst.apply(self.move, batch, (shape.name, after, count)))
                 self._copied(len(page.rows), already, time.monotonic() - begun_s)
                 await self._rest(page_begun_s)
+            if count > self._pace.page_rows:
+                await self._dst.analyze(shape)
         await self._decide(protocol.COPIED)
 
     def _copied(self, row_count: int, already: int, took_s: float) -> None:

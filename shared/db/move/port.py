@@ -260,6 +260,10 @@ class Side(Protocol):
         """
         ...
 
+    async def analyze(self, shape: Shape) -> None:
+        """Have the planner know of the rows that have come, before others ask for them."""
+        ...
+
     async def read_cursors(self, move: Move) -> Mapping[str, tuple[str, int]]:
         """How far the copy has come: by table, where the next page begins, rows so far."""
         ...

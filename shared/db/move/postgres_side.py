@@ -344,6 +344,11 @@ class PostgresSide:
 
         return await self._run(apply, lock="share")
 
+    async def analyze(self, shape: Shape) -> None:
+        """See Side.analyze. That it fails, or is under way already, is no reason to stop."""
+        with suppress(MoveFailed):
+            await self._run(lambda raw: raw.execute(f"ANALYZE (SKIP_LOCKED) {shape.name}"))
+
     async def read_cursors(self, move: Move) -> Mapping[str, tuple[str, int]]:
         """See Side.read_cursors."""
         sql = "SELECT tbl, last_pk, row_count FROM tenfold_cursor WHERE move_id = $1"
@@ -435,16 +440,22 @@ class PostgresSide:
     def _among(
         self, shape: Shape, keys: Collection[Key], *columns: str
     ) -> tuple[str, tuple[object, ...]]:
-        """One look-up for each key: OFFSET 0 keeps the planner from making a join of it."""
+        """One look-up for each key, in its own index.
+
+        To ask for an order leaves no other index and no join: both would read the whole bucket
+        for each key, and look as cheap while statistics know no row of it.
+        """
         names = ", ".join(shape.key)
         arrays = ", ".join(
             f"${number}::{shape.kinds[column]}[]" for number, column in enumerate(shape.key, 2)
         )
-        same = " AND ".join(f"{shape.name}.{column} = wanted.{column}" for column in shape.key)
+        own = ", ".join(f"{shape.name}.{column}" for column in shape.key)
+        asked = ", ".join(f"wanted.{column}" for column in shape.key)
         sql = (
             f"SELECT found.* FROM unnest({arrays}) AS wanted ({names}) "  # noqa: S608
             f"CROSS JOIN LATERAL (SELECT {', '.join(columns)} FROM {shape.name} "
-            f"WHERE bucket = $1 AND {same} OFFSET 0) AS found"
+            f"WHERE bucket = $1 AND ({own}) >= ({asked}) AND ({own}) <= ({asked}) "
+            f"ORDER BY {own} LIMIT 1) AS found"
         )
         return sql, (self._bucket, *(list(column) for column in zip(*keys, strict=True)))
 

@@ -305,6 +305,9 @@ class SqliteSide:
 
         return await self._run(apply)
 
+    async def analyze(self, shape: Shape) -> None:
+        """See Side.analyze. Plans do not rest on statistics here."""
+
     async def read_cursors(self, move: Move) -> Mapping[str, tuple[str, int]]:
         """See Side.read_cursors."""
         sql = "SELECT tbl, last_pk, row_count FROM tenfold_cursor WHERE move_id = ?"

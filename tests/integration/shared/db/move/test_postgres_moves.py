@@ -284,3 +284,27 @@ async def test_the_operator_moves_buckets_by_the_same_command(databases, shards,
     await databases.rows(0, "SELECT 1", prefix=lost)
     code, out, _ = await tenfold("verify", "media")
     assert (code, out) == (1, f"bucket {BUCKET + 1} is owned by no shard: settle its move\n")
+
+
+async def test_rows_that_have_come_are_known_to_the_planner_at_once(databases, shards):
+    await add_counters(shards, 20)
+    assert await move_bucket(databases.place, BUCKET, 1, tools()) is Phase.DONE
+    known = "SELECT reltuples::int FROM pg_class WHERE relname = 'counter'"
+    assert await databases.rows(1, known) == [(20,)]
+
+
+async def test_each_row_is_looked_up_by_its_own_key_however_much_the_planner_errs(
+    databases, shards
+):
+    """A bucket that was empty when the table was last analyzed looks like one of few rows."""
+    async with shards.bucket(4000).transaction() as tx:
+        await add_counter(tx, 1)
+    await databases.rows(1, "SELECT 1", prefix="ANALYZE counter")
+    async with databases.place.side(1, BUCKET) as side:
+        [shape] = [shape for shape in side.shapes if shape.name == "counter"]
+        keys = [(UUID(int=number).bytes,) for number in (1, 2)]
+        sql, arguments = side._among(shape, keys, *shape.columns)
+        plan = await side._run(lambda raw: raw.fetch(f"EXPLAIN {sql}", *arguments))
+    text = "\n".join(row[0] for row in plan)
+    assert "using counter_pkey" in text
+    assert "Seq Scan" not in text
