@@ -1,4 +1,8 @@
-"""Forgets request ids when their time is over, a page at a time, so that tables stay small."""
+"""Keeps shards small.
+
+Request ids are forgotten when their time is over, a page at a time; moves whose movers have died
+are ended.
+"""
 
 import asyncio
 
@@ -25,8 +29,9 @@ _log = structlog.get_logger(__name__)
 
 
 async def run_housekeeping(shards: Shards, *, clock: Clock) -> None:
-    """Sweep every ten minutes until cancelled; a shard that is down is swept later."""
+    """Sweep every ten minutes until cancelled; what cannot be done now is done later."""
     while True:
+        await shards.settle_moves()
         for shard in shards.all():
             try:
                 await forget_request_ids(shard, clock=clock)

@@ -256,6 +256,13 @@ class Shards(Protocol):
         """Every shard, for scatter reads and relays."""
         ...
 
+    async def settle_moves(self) -> None:
+        """End moves whose movers have died, if that can be done now.
+
+        What is written of a bucket on its way is marked for its mover, and marks take room.
+        """
+        ...
+
     async def wait_for_outbox(self, timeout_s: float) -> bool:
         """Wait for a commit with outbox rows in it; False if none came in time.
 

@@ -12,7 +12,9 @@ a crash Postgres may give the number of a lost transaction to another one.
 
 import asyncio
 import hashlib
+import math
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
@@ -85,13 +87,15 @@ READERS_MAX = 4
 UNDO_S_MAX = 0.1
 RESOLVE_S_MAX = 5.0
 RESOLVE_PAUSE_S = 0.03
+# Callers of a shard that is down do not keep the others busy with where its buckets may be.
+LOOK_PAUSE_S = 0.1
 _TRIES_ON_LOST_CONNECTION = 2
 
 _OWNED = f"SELECT bucket, epoch FROM tenfold_bucket WHERE state IN {OWNED_STATES}"  # noqa: S608
 _OWNS = f"SELECT 1 AS owns FROM tenfold_bucket WHERE bucket = $1 AND state IN {OWNED_STATES}"  # noqa: S608
 _IS_LEFT = """
 SELECT 1 AS is_left FROM tenfold_control.bucket_move
-WHERE bucket = $1 AND phase NOT IN ('DONE', 'ABORTED')
+WHERE bucket = coalesce($1, bucket) AND phase NOT IN ('DONE', 'ABORTED')
     AND (lease_until_us <= $2 OR lease_until_us > $3)
 """
 # A fenced bucket's rows are the newest there are until the fence's own time is over.
@@ -472,6 +476,9 @@ class PostgresBucket:
             except BucketElsewhere as elsewhere:
                 if self.shards.shard_of(self.number) is shard:  # else another call has found it
                     await following.step(elsewhere)
+            except ShardUnreachable:
+                if not await self.shards.has_gone(self.number):
+                    raise
 
     async def fetch_causally(self, sql: str, *arguments: object) -> Sequence[Row]:
         """See CausalBucket.fetch_causally."""
@@ -604,7 +611,10 @@ class BucketTurn:
                 # Nothing has begun, so it may be begun again.
                 tries_left -= 1
                 is_other = await shard.follow()
-                if not tries_left or (isinstance(error, ShardUnreachable) and not is_other):
+                if isinstance(error, ShardUnreachable) and not is_other:
+                    if not await bucket.shards.has_gone(bucket.number):
+                        raise
+                elif not tries_left:
                     raise
 
     async def __aexit__(
@@ -644,6 +654,7 @@ class PostgresShards:
     on_outbox: asyncio.Event
     place: PostgresPlace
     settling: asyncio.Lock = field(default_factory=asyncio.Lock)
+    asked_s: float = -math.inf
 
     def holding(self, key: UUID) -> Bucket:
         """See Shards.holding."""
@@ -689,7 +700,7 @@ class PostgresShards:
         self.bucket_map = self.bucket_map.moved(bucket, owners[0])
         return True
 
-    async def _settle_left(self, bucket: int) -> None:
+    async def _settle_left(self, bucket: int | None) -> None:
         if self.settling.locked():
             return
         async with self.settling:
@@ -699,6 +710,17 @@ class PostgresShards:
                 if await self.shards[0].fetch_all(_IS_LEFT, bucket, now_us, latest_us):
                     tools = Tools(clock=self.shards[0].clock, collects=False)
                     await settle_left(self.place, bucket, tools)
+
+    async def settle_moves(self) -> None:
+        """See Shards.settle_moves."""
+        await self._settle_left(None)
+
+    async def has_gone(self, bucket: int) -> bool:
+        """Whether a bucket of a shard that is down is found elsewhere; asked now and then."""
+        if time.monotonic() - self.asked_s < LOOK_PAUSE_S:
+            return False
+        self.asked_s = time.monotonic()
+        return await self.locate(bucket)
 
     async def wait_for_outbox(self, timeout_s: float) -> bool:
         """See Shards.wait_for_outbox."""

@@ -426,15 +426,24 @@ class SqliteShards:
             owners = [shard.index for shard in self.shards if await shard.fetch_all(_OWNS, bucket)]
             if owners and before not in owners:
                 self.bucket_map = self.bucket_map.moved(bucket, owners[0])
-            elif not self.settling.locked():
-                async with self.settling:
-                    tools = Tools(clock=self.shards[0].clock, collects=False)
-                    with suppress(MoveFailed, DatabaseRefused):
-                        await settle_left(self.folder, bucket, tools)
+            else:
+                await self._settle_left(bucket)
         return self.bucket_map.shard_index(bucket) != before
 
     def _has_all(self, bucket_map: BucketMap) -> bool:
         return max(bucket_map.shard_indexes) < len(self.shards)
+
+    async def settle_moves(self) -> None:
+        """See Shards.settle_moves."""
+        await self._settle_left(None)
+
+    async def _settle_left(self, bucket: int | None) -> None:
+        if self.settling.locked():
+            return
+        async with self.settling:
+            tools = Tools(clock=self.shards[0].clock, collects=False)
+            with suppress(MoveFailed, DatabaseRefused):
+                await settle_left(self.folder, bucket, tools)
 
     async def wait_for_outbox(self, timeout_s: float) -> bool:
         """See Shards.wait_for_outbox."""

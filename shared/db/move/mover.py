@@ -8,13 +8,14 @@ decision it goes forward until it is done.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
 from uuid import uuid4
 
 from shared.clock import Clock, SystemClock, to_us
-from shared.db.ids import new_id
+from shared.db.ids import moment_ms_of, new_id
 from shared.db.move import protocol
 from shared.db.move.failpoints import armed
 from shared.db.move.port import (
@@ -42,6 +43,7 @@ from shared.db.move.protocol import (
     whole,
 )
 
+T = TypeVar("T")
 ABORT_S_MAX = 5.0
 FORWARD_PAUSE_S = 0.2
 STANDBY_TRIES_MAX, STANDBY_PAUSE_S = 20, 0.1
@@ -58,6 +60,8 @@ class Pace:
         backlog_max, pass_s_max: a shorter pass over a smaller backlog may be fenced.
         passes_max: that do not shrink the backlog before the move gives up.
         fence_s: how long a fenced bucket may still be read.
+        marks_kept_max, marks_kept_s_max: written keys that may wait, and for how long the first
+            of them; they take room on the source's disk.
         unsent_max: events of the bucket that may wait when it is fenced.
         grace_s: from the end until the source's rows are deleted.
         rest_share: after each page, pause for so many times what it took: other callers of the
@@ -72,6 +76,8 @@ class Pace:
     pass_s_max: float = 0.1
     passes_max: int = 5
     fence_s: float = 5.0
+    marks_kept_max: int = 1_000_000
+    marks_kept_s_max: float = 3600.0
     unsent_max: int = 10_000
     grace_s: float = 2.0
     rest_share: float = 1.0
@@ -158,7 +164,9 @@ async def begin_move(control: Control, src: Side, dst: Side, bucket: int, tools:
     )
     await control.begin(move)
     tools.visit("plan")
-    return Mover(control, src=src, dst=dst, move=move, tools=tools, action="prepare")
+    return Mover(
+        control, src=src, dst=dst, move=move, tools=tools, action="prepare", epoch=held.epoch
+    )
 
 
 async def take_over(
@@ -219,7 +227,16 @@ async def take_over(
     arrived = whole(_seen(there, move), has_failed_over=dst_failed_over)
     action = resolve(move.phase, _seen(held, move), arrived, preference)
     leave = protocol.LEAVE_AGAIN if src_failed_over else protocol.LEAVE
-    return Mover(control, src=src, dst=dst, move=move, tools=tools, action=action, leave=leave)
+    return Mover(
+        control,
+        src=src,
+        dst=dst,
+        move=move,
+        tools=tools,
+        action=action,
+        leave=leave,
+        epoch=held.epoch,
+    )
 
 
 def _seen(held: Held, move: Move) -> State:
@@ -237,6 +254,15 @@ def _timeline(fact: str) -> str:
     return fact.partition(",")[0]
 
 
+async def _both(one: Awaitable[T], other: Awaitable[T]) -> tuple[T, T]:
+    """What both sides answer; if one fails, the other has ended too: it does one thing at once."""
+    answers = await asyncio.gather(one, other, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return cast("tuple[T, T]", tuple(answers))
+
+
 class Mover:
     """One mover's life with one move.
 
@@ -248,6 +274,7 @@ class Mover:
         tools: of this process.
         action: where to begin.
         leave: how the source gives the bucket away.
+        epoch: the bucket's at the source.
     """
 
     def __init__(
@@ -260,10 +287,12 @@ class Mover:
         tools: Tools,
         action: Action,
         leave: Change = protocol.LEAVE,
+        epoch: int = 0,
     ) -> None:
         self.move = move
         self.action = action
         self._leaving = leave
+        self._epoch = epoch
         self._control = control
         self._src = src
         self._dst = dst
@@ -272,6 +301,7 @@ class Mover:
         self._changed: dict[str, set[Key]] = {}
         self._is_compared = False
         self._fenced_at_s = time.monotonic()
+        self._unread_at_s = self._fenced_at_s + tools.pace.fence_s
         self._progress = Progress("plan")
 
     async def run(self) -> Phase:
@@ -301,7 +331,10 @@ class Mover:
                 await step()
             await self._decide(protocol.COMMIT)
         except MoveFailed as error:
-            await self._abort(str(error))
+            try:
+                await self._abort(str(error))
+            except MoveFailed as second:
+                raise MoveFailed(f"{error}; it is given back later, since {second}") from error
             raise
         except asyncio.CancelledError:
             # Nobody need wait for the lease. If this is cut short, the next mover does it.
@@ -340,6 +373,7 @@ class Mover:
                 batch = Batch((), {shape.name: page.rows}, {}, 0)
                 self._require(await self._dst.apply(self.move, batch, (shape.name, after, count)))
                 self._copied(len(page.rows), already, time.monotonic() - begun_s)
+                await self._check_marks()
                 await self._rest(page_begun_s)
             if count > self._pace.page_rows:
                 await self._dst.analyze(shape)
@@ -393,6 +427,8 @@ class Mover:
         self._visit(f"{prefix}.read")
         if batch is None:
             raise self._lost()
+        if prefix == "catch":
+            self._check_marks_of(batch.left)
         if not batch.seqs:
             return batch
         self._require(await self._dst.apply(self.move, batch))
@@ -405,6 +441,20 @@ class Mover:
         self._progress = replace(self._progress, backlog=batch.left)
         self._visit(f"{prefix}.ack")
         return batch
+
+    async def _check_marks(self) -> None:
+        self._check_marks_of(await self._src.mark_count())
+
+    def _check_marks_of(self, count: int) -> None:
+        """Give up rather than fill the source's disk."""
+        began_us = moment_ms_of(self.move.move_id) * 1000
+        age_s = (self._tools.now_us() - began_us) / 1e6 if count else 0.0
+        if count > self._pace.marks_kept_max or age_s > self._pace.marks_kept_s_max:
+            raise MoveFailed(
+                f"what is written to bucket {self.move.bucket} meanwhile piles up on shard "
+                f"{self._src.index}: {count} keys, and the move is {age_s:.0f} s old; move it when "
+                "it is written less"
+            )
 
     async def _verify(self, shape: Shape) -> None:
         """Compare chunk by chunk; what differs is carried over again, since writers go on."""
@@ -422,11 +472,12 @@ class Mover:
             if is_last:
                 return
             after = last
+            await self._check_marks()
             await self._rest(begun_s)
 
     async def _differing(self, shape: Shape, keys: Collection[Key]) -> set[Key]:
         """Of these, the keys whose rows are not the same on both sides now."""
-        ours, theirs = await asyncio.gather(
+        ours, theirs = await _both(
             self._src.read_rows(shape, keys), self._dst.read_rows(shape, keys)
         )
         return {key for key in keys if ours.get(key) != theirs.get(key)}
@@ -440,6 +491,12 @@ class Mover:
             raise MoveFailed(
                 f"{unsent} events of the bucket wait for their relay: is the bus down?"
             )
+        for side in (self._src, self._dst):
+            if await side.misses_standby():
+                raise MoveFailed(
+                    f"the synchronous standby of shard {side.index} is missing: its commits would "
+                    "wait behind the fence"
+                )
         now = " | ".join([await self._src.facts(), await self._dst.facts()])
         if now != self.move.facts:
             raise MoveFailed(
@@ -457,6 +514,7 @@ class Mover:
             fence_until_us=self._tools.after_us(self._pace.fence_s),
             facts=_facts_of(self.move)[0],
         )
+        self._unread_at_s = time.monotonic() + self._pace.fence_s
         self._visit("fence")
         await self._decide(protocol.FENCED)
 
@@ -469,9 +527,7 @@ class Mover:
                 raise self._differs(table)
         if not self._is_compared:  # by another mover, which cannot say what was written since
             for shape in self._src.shapes:
-                ours, theirs = await asyncio.gather(
-                    self._src.count_rows(shape), self._dst.count_rows(shape)
-                )
+                ours, theirs = await _both(self._src.count_rows(shape), self._dst.count_rows(shape))
                 if ours != theirs:
                     raise self._differs(shape.name)
         self._visit("verify2")
@@ -486,26 +542,46 @@ class Mover:
                     await step()
                     break
                 except MoveFailed:
+                    if step == self._leave:
+                        await self._arrive_first()
                     await asyncio.sleep(FORWARD_PAUSE_S)
         if self._tools.collects:
             await asyncio.sleep(self._pace.grace_s)
             await self.collect()
 
     async def _leave(self) -> None:
-        held, there = await asyncio.gather(self._src.look(), self._dst.look())
+        held, there = await _both(self._src.look(), self._dst.look())
         is_gone = held.state is State.MOVED and held.token == self.move.token
         has_arrived = there.state is State.ACTIVE and held.state not in self._leaving.before
         if not is_gone and not has_arrived:
             await self._change(self._src, self._leaving, peer=self._dst.index)
         self._visit("src_moved")
 
+    async def _arrive_first(self) -> None:
+        """Let writers in although the source is away: once its fence is over, nobody reads there.
+
+        Not if it has failed over, and perhaps lost its fence: then it must be told first.
+        """
+        if self._leaving is not protocol.LEAVE or time.monotonic() < self._unread_at_s:
+            return
+        with suppress(MoveFailed):
+            there = await self._dst.look()
+            if there.state is State.IMPORTING:
+                epoch = max(self._epoch, there.epoch) + 2  # the source's next is one less
+                await self._change(self._dst, protocol.ARRIVE, epoch=epoch)
+                self._let_in()
+
     async def _arrive(self) -> None:
-        held, there = await asyncio.gather(self._src.look(), self._dst.look())
+        held, there = await _both(self._src.look(), self._dst.look())
         if there.state is not State.ACTIVE or there.token != self.move.token:
             epoch = max(held.epoch, there.epoch) + 1
             await self._change(self._dst, protocol.ARRIVE, epoch=epoch)
-        pause_s = time.monotonic() - self._fenced_at_s
-        self._progress = replace(self._progress, pause_s=pause_s)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        if self._progress.pause_s is None:
+            pause_s = time.monotonic() - self._fenced_at_s
+            self._progress = replace(self._progress, pause_s=pause_s)
         self._visit("dst_active")
 
     async def _finish(self) -> None:

@@ -79,10 +79,13 @@ async def settle_move(
         return await mover.run()
 
 
-async def settle_left(place: Place, bucket: int, tools: Tools) -> None:
-    """End the move of a bucket whose mover has died; nothing if it lives, or there is none."""
+async def settle_left(place: Place, bucket: int | None, tools: Tools) -> None:
+    """End the move of a bucket whose mover has died; nothing if it lives, or there is none.
+
+    None ends all such moves: what is written of a bucket that nobody carries over piles up.
+    """
     for move in await place.control.list_moves(is_open=True):
-        if move.bucket == bucket and move.is_left(tools.now_us()):
+        if bucket in (None, move.bucket) and move.is_left(tools.now_us()):
             with suppress(MoveRefused, MoveLost, MoveFailed):  # another was faster
                 await settle_move(place, move, tools, preference="abort")
 

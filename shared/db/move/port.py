@@ -244,6 +244,14 @@ class Side(Protocol):
         """Have these rows carried over again."""
         ...
 
+    async def mark_count(self) -> int:
+        """Marks that wait, at least as many as there are: a look that costs nothing."""
+        ...
+
+    async def misses_standby(self) -> bool:
+        """Whether its commits wait for a synchronous standby that is not there."""
+        ...
+
     async def unsent_count(self) -> int:
         """Events of the bucket that wait for their relay."""
         ...

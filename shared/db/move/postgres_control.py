@@ -169,7 +169,8 @@ class PostgresControl:
                 f"{self._server} has no Control: start the service once, or migrate it"
             ) from error
         except ERRORS as error:
-            raise MoveFailed(f"{self._server.name} cannot be used now: {error}") from error
+            reason = str(error) or type(error).__name__
+            raise MoveFailed(f"{self._server.name} cannot be used now: {reason}") from error
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[Any]:

@@ -69,6 +69,14 @@ SET plan_cache_mode = force_custom_plan
 _COPIED_KINDS = frozenset({"smallint", "integer", "bigint", "boolean", "text", "uuid", "bytea"})
 _LOG_END = f"SELECT {TIMELINE} AS timeline, pg_current_wal_lsn()::text AS lsn"
 _CARRIED = (State.MOVING, State.FENCED)
+_MARK_SPAN = """
+SELECT coalesce(max(seq) - min(seq) + 1, 0) FROM tenfold_dirty WHERE bucket = $1
+"""
+_MISSES_STANDBY = """
+SELECT current_setting('synchronous_standby_names') <> ''
+    AND pg_has_role(current_user, 'pg_read_all_stats', 'USAGE')
+    AND NOT EXISTS (SELECT FROM pg_stat_replication WHERE sync_state IN ('sync', 'quorum'))
+"""
 _LOST_RACES = (
     asyncpg.LockNotAvailableError,
     asyncpg.SerializationError,
@@ -123,7 +131,7 @@ class PostgresSide:
             DatabaseRefused: it cannot be reached, or was promoted and is not in use yet.
             MoveRefused: its tables cannot be moved.
         """
-        connection = await _connect(server, is_gatekeeper=is_gatekeeper)
+        connection, side = await _connect(server, is_gatekeeper=is_gatekeeper), None
         try:
             is_verbatim = await connection.fetchval(_MAY_IMPORT_VERBATIM)
             tables = await read_tables(connection, is_verbatim=is_verbatim or not imports)
@@ -137,10 +145,9 @@ class PostgresSide:
                 is_gatekeeper=is_gatekeeper,
             )
             yield side
-            connection = side._connection
         finally:
             with suppress(*ERRORS):
-                await connection.close(timeout=CLOSE_S_MAX)
+                await (side._connection if side else connection).close(timeout=CLOSE_S_MAX)
 
     @property
     def index(self) -> int:
@@ -317,6 +324,14 @@ class PostgresSide:
             return True
 
         return await self._run(mark, lock="share")
+
+    async def mark_count(self) -> int:
+        """See Side.mark_count. From the first number to the last, both read from the index."""
+        return await self._count(_MARK_SPAN)
+
+    async def misses_standby(self) -> bool:
+        """See Side.misses_standby. Who may not see the standbys does not miss one."""
+        return bool(await self._run(lambda raw: raw.fetchval(_MISSES_STANDBY)))
 
     async def unsent_count(self) -> int:
         """See Side.unsent_count."""
@@ -504,7 +519,8 @@ class PostgresSide:
             except _LOST_RACES:
                 await asyncio.sleep(PAUSE_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
             except ERRORS as error:
-                raise MoveFailed(f"{self._server.name} cannot be used now: {error}") from error
+                reason = str(error) or type(error).__name__
+                raise MoveFailed(f"{self._server.name} cannot be used now: {reason}") from error
             except DatabaseRefused as error:
                 raise MoveFailed(str(error)) from error
         raise MoveFailed(f"{self._server.name} is too busy: its locks could not be had")

@@ -47,6 +47,10 @@ _ONLY_ITS_OWN = """
 CREATE TEMP TRIGGER only_{table} BEFORE DELETE ON main.{table} WHEN OLD.bucket <> {bucket}
 BEGIN SELECT RAISE(ABORT, 'another bucket has this value already'); END
 """
+_MARK_SPAN = """
+SELECT coalesce((SELECT max(seq) FROM tenfold_dirty WHERE bucket = ?)
+    - (SELECT min(seq) FROM tenfold_dirty WHERE bucket = ?) + 1, 0)
+"""
 _CARRIED = (State.MOVING, State.FENCED)
 
 
@@ -274,6 +278,17 @@ class SqliteSide:
             return True
 
         return await self._run(mark)
+
+    async def mark_count(self) -> int:
+        """See Side.mark_count. From the first number to the last, each read from the index."""
+        mine = (self._bucket, self._bucket)
+        return int(
+            await self._run(lambda: self._connection.execute(_MARK_SPAN, mine).fetchone()[0])
+        )
+
+    async def misses_standby(self) -> bool:
+        """See Side.misses_standby."""
+        return False
 
     async def unsent_count(self) -> int:
         """See Side.unsent_count."""
