@@ -9,3 +9,6 @@ AFTER_COMMIT = CrashPoint("db.after_commit", "the commit is durable, no caller k
 CLAIMED_NOT_EFFECTED = CrashPoint(
     "db.claimed_not_effected", "the key is claimed in its home bucket, its effect has not begun"
 )
+MIGRATED_NOT_COMMITTED = CrashPoint(
+    "db.migrated_not_committed", "a migration is done on one shard and remembered, not committed"
+)

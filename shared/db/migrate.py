@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from shared.db.crash_points import MIGRATED_NOT_COMMITTED
 from shared.db.errors import DatabaseDamaged, DatabaseRefused, MigrationRefused
 from shared.db.move.sqlite_shapes import capture_triggers, shape_of
 from shared.db.sql import WRITABLE_STATES, to_sqlite
@@ -216,6 +217,7 @@ def _apply(connection: sqlite3.Connection, migration: Migration) -> None:
                 "INSERT INTO tenfold_migration (area, number, name, sha256) VALUES (?, ?, ?, ?)",
                 (migration.area, migration.number, migration.name, migration.sha256),
             )
+            MIGRATED_NOT_COMMITTED.visit()
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.db.crash_points import MIGRATED_NOT_COMMITTED
 from shared.db.migrate import (
     CREATE_MIGRATION_TABLE,
     SELECT_APPLIED,
@@ -108,6 +109,7 @@ async def _apply(connection: Any, migration: Migration) -> None:  # noqa: ANN401
             "INSERT INTO tenfold_migration (area, number, name, sha256) VALUES ($1, $2, $3, $4)",
             *(migration.area, migration.number, migration.name, migration.sha256),
         )
+        MIGRATED_NOT_COMMITTED.visit()
 
 
 async def _generate(connection: Any, what: str, script: str) -> None:  # noqa: ANN401

@@ -1,14 +1,18 @@
 """What is built on single-bucket transactions: unique values, todos, leases, scatter reads."""
 
 import asyncio
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from shared.db import leases, todo, uniq
+from shared.db.errors import MigrationRefused
 from shared.db.ids import bucket_of, new_id
 from shared.db.scatter import scatter
 from shared.errors import Aborted, Unavailable
-from tests.integration.shared.db.conftest import FAR, NEAR, add_thing
+from tests.integration.shared.db.conftest import FAR, MIGRATIONS, NEAR, add_thing, labels
 
 NOW = 1_700_000_000_000_000
 LATER = NOW + uniq.RESERVED_US
@@ -125,6 +129,25 @@ async def test_a_lease_has_one_holder_and_its_token_only_grows(shards):
         await leases.release_lease(tx, second)
         third = await leases.take_lease(tx, "relay", holder="a", now_us=NOW + 200, ttl_us=100)
         assert third.token > second.token
+
+
+async def test_old_code_goes_on_under_a_migration_that_only_adds(engine, tmp_path):
+    newer = Path(shutil.copytree(MIGRATIONS, tmp_path / "newer"))
+    (newer / "0002_more.sql").write_text("CREATE TABLE more (bucket smallint, name text);\n")
+    async with engine.open() as old:
+        async with old.bucket(NEAR).transaction() as tx:
+            await add_thing(tx, "before")
+        async with replace(engine, contents=replace(engine.contents, migrations=newer)).open():
+            async with old.bucket(NEAR).transaction() as tx:
+                await add_thing(tx, "after")
+            assert await labels(old) == ["after", "before"]
+    with pytest.raises(MigrationRefused, match=r"newer version .*0002_more"):
+        async with engine.open():
+            pass
+    for index in range(4):
+        await engine.run_raw(
+            index, "DROP TABLE more", "DELETE FROM tenfold_migration WHERE name = '0002_more'"
+        )
 
 
 async def add_everywhere(shards) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import UUID
 
@@ -12,8 +13,10 @@ import pytest
 from shared.db import uniq
 from shared.db.ids import new_id
 from shared.db.port import Shards
+from shared.identity import Principal, PrincipalKind
+from tests.databases import Contents, Place, PostgresPlace, SqlitePlace
 from tests.integration.shared.db.claimant_process import COMMITS, EXPIRED, create
-from tests.integration.shared.db.conftest import FAR, NEAR, labels
+from tests.integration.shared.db.conftest import FAR, MIGRATIONS, NEAR, labels, once
 
 ROOT = Path(__file__).parents[4]
 PROGRAM = "tests.integration.shared.db.writer_process"
@@ -60,11 +63,38 @@ async def test_a_retry_after_a_kill_has_the_effect_exactly_once(
     code, printed = write(engine.name, subject, bucket, crash_point=crash_point)
     assert (code, printed) == (SIGKILLED, "")
     assert write(engine.name, subject, bucket) == (0, repeat)
-    assert write(engine.name, subject, bucket) == (0, "repeated")
     async with engine.open() as shards:
+        asked = once(Principal(PrincipalKind.USER, subject))
+        async with shards.bucket(bucket).transaction(asked) as tx:
+            assert (tx.answered, tx.answer) == (True, b"repeated")
         assert await labels(shards) == ["a"]
         rows = await shards.bucket(bucket).fetch_all("SELECT event_no FROM outbox")
         assert [row["event_no"] for row in rows] == [1]
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+async def unmade(request, tmp_path, postgres_server) -> AsyncIterator[Place]:
+    """Shards that nobody has ever served."""
+    contents = Contents(MIGRATIONS, "things")
+    if request.param == "sqlite":
+        yield SqlitePlace(tmp_path / "data", contents)
+        return
+    dsns = await postgres_server.make_databases(4)
+    yield PostgresPlace(",".join(dsns), contents)
+    await postgres_server.drop_databases(dsns)
+
+
+async def test_a_start_that_was_killed_between_its_migrations_goes_on_at_the_next(unmade):
+    subject = str(new_id(NEAR))
+    for visit in (2, 5):
+        killed = write(unmade.name, subject, NEAR, crash_point=f"db.migrated_not_committed:{visit}")
+        assert killed == (SIGKILLED, "")
+    assert write(unmade.name, subject, NEAR) == (0, "first")
+    async with unmade.open() as shards:
+        assert await labels(shards) == ["a"]
+        applied = "SELECT count(*) AS n FROM tenfold_migration"
+        counts = [(await shard.fetch_one(applied))["n"] for shard in shards.all()]
+        assert counts == [counts[0]] * 4
 
 
 def die_at_each_commit(place: str) -> list[tuple[str, UUID, UUID]]:

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from shared.db import limits
-from shared.db.move import sqlite_side
+from shared.db.errors import DatabaseRefused
+from shared.db.move import sqlite_control, sqlite_side
 from shared.db.move.mover import Tools
 from shared.db.move.place import move_bucket, settle_move
 from shared.db.move.port import MoveFailed
@@ -93,6 +94,35 @@ async def test_the_marks_of_a_dead_mover_go_when_the_service_keeps_house(ground)
         assert ground.read(0, COUNT_MARKS) == [(0,)]
         assert await states(ground) == ["ACTIVE", "ABORTED"]
         assert await ground.moves.control.list_moves(is_open=True) == []
+
+
+async def test_a_bucket_is_not_fenced_while_control_cannot_be_asked(place, shards, monkeypatch):
+    monkeypatch.setattr(sqlite_control, "BUSY_S_MAX", 0.05)
+    await add_counters(shards, 1)
+    path = place.path / "control.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        locking = paced("verify", lambda: other.execute("BEGIN IMMEDIATE"))
+        with pytest.raises(MoveFailed, match=r"control.sqlite cannot be used.*given back later"):
+            await move_bucket(place.folder, BUCKET, 1, locking)
+        assert place.states() == ["MOVING", "IMPORTING"]  # which takes writes
+        other.execute("ROLLBACK")
+    [left] = await place.folder.control.list_moves(is_open=True)
+    await settle_move(place.folder, left, locking, preference="abort", is_forced=True)
+    assert place.states() == ["ACTIVE", "ABORTED"]
+
+
+async def test_a_map_that_points_at_a_shard_that_is_not_there_is_told_so(place, databases):
+    async with place.open(), databases.open():
+        pass
+    with closing(sqlite3.connect(place.path / "control.sqlite")) as control, control:
+        control.execute("UPDATE bucket_map SET shard_id = 9 WHERE bucket = ?", (BUCKET,))
+    wrong = f"UPDATE tenfold_control.bucket_map SET shard_id = 9 WHERE bucket = {BUCKET}"
+    await databases.rows(0, "SELECT 1", prefix=wrong)
+    for ground in (place, databases):
+        with pytest.raises(DatabaseRefused, match="no shard 9"):
+            await move_bucket(ground.moves, BUCKET, 1, paced("plan", die))
+        async with ground.open() as shards:  # the shards themselves know better
+            await add_counters(shards, 1)
 
 
 # The source is away -----------------------------------------------------------------------
