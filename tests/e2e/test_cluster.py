@@ -42,7 +42,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 def tenfold(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-P", "-m", "deploy.cli", *arguments]
     return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
 
 
@@ -55,6 +55,11 @@ def databases_of(mesh: Mesh, service: str) -> list[str]:
 def test_every_part_is_a_process_of_its_own(cluster: Mesh) -> None:
     assert set(cluster.state["children"]) == NAMES
     assert not list((cluster.data / "services").rglob("*.sqlite"))
+
+
+def test_the_demo_passes_on_it_unchanged(cluster: Mesh) -> None:
+    told = tenfold("demo", "--data", str(cluster.data))
+    assert told.returncode == 0, told.stdout + told.stderr
 
 
 def test_both_edges_are_told_and_know_what_the_other_wrote(cluster: Mesh) -> None:

@@ -11,7 +11,7 @@ from tests.integration.edge.echo import Script
 # Of the bindings, one service each; the other hundred differ in their paths alone.
 SERVICES = ("KindService", "Bodies", "Answers", "Files", "Calls", "Library", "EditionService")
 # `make chaos` asks more.
-EXAMPLES = 2
+EXAMPLES = 1
 
 
 # Edges of other tests live on in this process, and use `random` while a request is made up.

@@ -26,7 +26,8 @@ async def test_a_greedy_credential_is_refused_and_another_is_not():
     assert seen.disturbing.statuses.keys() == {200, 429}
 
 
-@pytest.mark.parametrize("change", Change, ids=str)
+# `make chaos` makes all of them.
+@pytest.mark.parametrize("change", [Change.HANGUP, Change.WORKERS, Change.KILL], ids=str)
 async def test_no_request_that_can_be_repeated_fails_while(change: Change) -> None:
     seen = await changes_under_load(change, seconds=2, per_s=50)
     assert seen.shots.statuses.keys() == {200}

@@ -21,7 +21,7 @@ from tests.unit.edge.conftest import HERE
 from tests.unit.edge.messages import LARGEST_FLOAT_32, messages
 
 PROPERTY = settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -148,7 +148,7 @@ def slots(value):
 
 
 @every_type
-@settings(PROPERTY, max_examples=150)
+@settings(PROPERTY, max_examples=80)
 @given(data=st.data())
 def test_a_changed_document_is_read_as_the_reference_does_or_refused(codec_of, name, data):
     """We are the stricter one: nothing that we take may the reference refuse or read otherwise."""

@@ -82,7 +82,7 @@ def documents(draw, codec):
 
 @pytest.mark.parametrize("name", TYPES)
 @settings(
-    max_examples=150,
+    max_examples=75,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -13,7 +13,7 @@ from shared.errors import Unavailable
 from tests.integration.shared.db.move.grounds import BUCKET, NEIGHBOUR, add_counters, tools
 
 COUNT = "SELECT count(*) AS n FROM counter WHERE tenant = 'default' AND tenfold_owned(bucket)"
-MOVES, ROWS = 6, 40
+MOVES, ROWS = 3, 40
 
 Going = Callable[[], Coroutine[Any, Any, None]]
 
