@@ -171,6 +171,18 @@ async def test_a_bucket_that_the_shard_may_not_write_is_unavailable(
         await add_thing(tx, "its neighbour does not notice")
 
 
+async def test_a_fenced_bucket_is_read_until_its_time_is_over(engine, shards, monkeypatch):
+    monkeypatch.setattr(following, "FOLLOW_S_MAX", 0.1)
+    async with shards.bucket(NEAR).transaction() as tx:
+        await add_thing(tx, "a")
+    fence = "UPDATE tenfold_bucket SET state = 'FENCED', fence_until_us = {} WHERE bucket = 77"
+    await engine.run_raw(0, fence.format(9 * 10**15))
+    assert await shards.bucket(NEAR).fetch_one(LIST_LABELS, "default") == {"label": "a"}
+    await engine.run_raw(0, fence.format(1))
+    with pytest.raises(Unavailable, match="moving"):
+        await shards.bucket(NEAR).fetch_one(LIST_LABELS, "default")
+
+
 @pytest.mark.parametrize("bucket", [FAR, 4095])
 async def test_the_shard_itself_refuses_rows_of_a_bucket_it_does_not_own(engine, bucket):
     async with engine.open():

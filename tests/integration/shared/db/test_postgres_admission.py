@@ -8,7 +8,6 @@ import pytest
 
 from shared.db.ids import new_id
 from shared.db.scatter import scatter
-from shared.errors import Unavailable
 from tests.integration.shared.db.conftest import (
     INSERT_THING,
     LIST_LABELS,
@@ -122,19 +121,6 @@ async def test_a_batch_over_a_thousand_buckets_takes_at_most_64_locks(place):
             "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
         )
         assert await connection.fetchval(held) == 64
-
-
-async def test_a_fenced_bucket_is_read_until_its_time_is_over(place, shards, monkeypatch):
-    monkeypatch.setattr("shared.db.following.FOLLOW_S_MAX", 0.1)
-    async with shards.bucket(NEAR).transaction() as tx:
-        await add_thing(tx, "a")
-    fence = "UPDATE tenfold_bucket SET state = 'FENCED', fence_until_us = {} WHERE bucket = 77"
-    later = "(extract(epoch FROM clock_timestamp()) + 60) * 1000000"
-    await place.run_raw(0, fence.format(later))
-    assert await shards.bucket(NEAR).fetch_one(LIST_LABELS, "default") == {"label": "a"}
-    await place.run_raw(0, fence.format("1"))
-    with pytest.raises(Unavailable, match="moving"):
-        await shards.bucket(NEAR).fetch_one(LIST_LABELS, "default")
 
 
 # The guard ------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ import asyncio
 import pytest
 
 from shared import deadline
-from shared.errors import DeadlineExceeded
-from tests.integration.shared.db.conftest import NEAR, add_thing, labels
+from shared.db.sqlite import open_sqlite_shards
+from shared.errors import DeadlineExceeded, Unavailable
+from tests.databases import SECRET
+from tests.integration.shared.db.conftest import MIGRATIONS, NEAR, add_thing, labels
 
 COUNT_COVERED = "SELECT count(*) AS n FROM thing WHERE tenant = 'default' AND tenfold_owned(bucket)"
 
@@ -60,3 +62,31 @@ async def test_a_covered_read_cancelled_at_any_moment_leaves_its_reader_usable(s
             await reader.run("BEGIN")
             await reader.run("ROLLBACK")
     assert len(shard.readers) == 1
+
+
+SETTINGS = {
+    "journal_mode": "wal",
+    "foreign_keys": 1,
+    "busy_timeout": 5000,
+    "synchronous": 2,  # FULL
+}
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS.items(), ids=SETTINGS.keys())
+async def test_a_file_is_opened_as_a_server_needs_it(tmp_path, clock, name, value):
+    opened = open_sqlite_shards(
+        tmp_path,
+        migrations=MIGRATIONS,
+        shard_count=1,
+        synchronous="FULL",
+        secret=SECRET,
+        clock=clock,
+        service="things",
+    )
+    async with opened as shards:
+        [shard] = shards.all()
+        async with shard.transaction() as tx:
+            row = await tx.fetch_one(f"PRAGMA {name}")
+        assert list(row.values()) == [value]
+        with pytest.raises(Unavailable, match="cannot be written"):
+            await shard.fetch_all("DELETE FROM inbox")

@@ -1,8 +1,9 @@
+import asyncio
 import math
 
 import pytest
 
-from shared.db.postgres_replicas import LATENCY_HALF_LIFE_S, Latency, PrimaryLog
+from shared.db.postgres_replicas import LATENCY_HALF_LIFE_S, Latency, LogEnd, PrimaryLog
 
 
 def test_a_replica_is_as_new_as_the_last_moment_at_which_the_log_was_no_further():
@@ -47,3 +48,25 @@ def test_a_host_that_nobody_asks_any_more_is_soon_as_good_as_new():
     before = latency.now(0.0)
     assert latency.now(LATENCY_HALF_LIFE_S) == pytest.approx(before / 2)
     assert latency.now(20 * LATENCY_HALF_LIFE_S) < 0.001
+
+
+class Asked:
+    """A connection whose log grows with each question."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def fetch(self, sql, arguments, *, timeout_s):
+        self.count += 1
+        lsn = self.count
+        await asyncio.sleep(0)
+        return [{"timeline": 1, "lsn": lsn}]
+
+
+async def test_one_question_serves_all_who_have_committed_before_it_was_asked():
+    asked, log_end = Asked(), LogEnd()
+    first, *others = await asyncio.gather(*(log_end.after_commit(asked) for _ in range(20)))
+    # Whoever commits while a question is under way needs the next one's answer.
+    assert first.lsn == 1
+    assert {position.lsn for position in others} == {2}
+    assert asked.count == 2
