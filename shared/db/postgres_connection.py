@@ -199,6 +199,8 @@ class Connection:
 
 # The first eight characters of a WAL file's name (spec/data.md §4).
 TIMELINE = "('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::bigint"
+# What no client says any more may not go on: a statement is bounded, and so is their sum.
+_TRANSACTION_TIMEOUT_SINCE = (17,)
 _WHO = f"""
 SELECT pid, backend_start AS started,
        CASE WHEN pg_is_in_recovery() THEN 0 ELSE {TIMELINE} END AS timeline,
@@ -232,6 +234,9 @@ async def open_connection(
                 )
             if timeline_min is not None and row["admitted"] != row["timeline"]:
                 raise behind_gate(server)
+            if raw.get_server_version() >= _TRANSACTION_TIMEOUT_SINCE:
+                timeout_ms = _milliseconds(limits.TURN_S_MAX + GRACE_S)
+                await raw.execute(f"SET transaction_timeout = {timeout_ms}")
     except ERRORS as error:
         raise ShardUnreachable(
             f"{server.name} cannot be reached", retry_after_s=RETRY_AFTER_S

@@ -1,13 +1,14 @@
 """What goes wrong between a service and Postgres, and what a caller is told."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
 
 from shared import deadline
-from shared.db import postgres, postgres_connection, postgres_pool
+from shared.db import limits, postgres, postgres_connection, postgres_pool
 from shared.db.ids import new_id
 from shared.db.port import OutboxRow
 from shared.db.scatter import scatter
@@ -192,6 +193,29 @@ async def test_waiting_for_a_connection_is_bounded_by_time_and_by_number(shards,
         await asyncio.create_task(hold(100))
     leave.set()
     await asyncio.gather(*holding)
+
+
+async def test_every_connection_is_bounded_by_its_server_and_by_its_socket(shards):
+    [shard, *_] = shards.all()
+    names = ("statement", "lock", "idle_in_transaction_session", "transaction")
+    asked = ", ".join(f"current_setting('{name}_timeout') AS {name}" for name in names)
+    async with shards.bucket(NEAR).transaction() as tx:
+        bounds = await tx.fetch_one(f"SELECT {asked}")
+    assert list(bounds.values()) == ["5s", "3s", "11s", "11s"]
+    async with shard.writers.lend() as connection:
+        end = connection.raw._transport.get_extra_info("socket")
+        assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+
+
+async def test_a_server_that_is_frozen_when_the_service_ends_does_not_keep_it(proxy, monkeypatch):
+    monkeypatch.setattr(limits, "CLOSE_S_MAX", 0.1)
+    async with asyncio.timeout(10):
+        async with proxy.place.open() as shards:
+            async with shards.bucket(NEAR).transaction() as tx:
+                await add_thing(tx, "a")
+            proxy.fault = "frozen"
+    proxy.fault = ""
 
 
 async def test_a_storm_of_cancelled_calls_leaves_nothing_behind(postgres_server, shards):

@@ -1,7 +1,9 @@
 """What a folder of SQLite files is made of, and when it is refused."""
 
+import asyncio
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -215,11 +217,34 @@ async def test_a_reader_that_cannot_be_opened_is_an_outage_that_ends(open_folder
         assert await labels(shards) == []
 
 
-async def test_no_thread_is_left_when_the_shards_are_closed(open_folder):
-    import threading
+def threads() -> int:
+    """But for those of the loop's own pool."""
+    return len([one for one in threading.enumerate() if not one.name.startswith("asyncio_")])
 
-    before = threading.active_count()
+
+async def until_ended(count: int) -> None:
+    """A thread ends just after its connection was closed."""
+    async with asyncio.timeout(10):
+        while threads() != count:  # noqa: ASYNC110 - threads ring no bell
+            await asyncio.sleep(0.001)
+
+
+async def test_a_read_cancelled_while_its_reader_is_opened_leaves_no_thread(open_folder):
+    before = threads()
+    for turns in range(12):
+        async with open_folder(shard_count=1) as shards:
+            reading = asyncio.create_task(labels(shards))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            reading.cancel()
+            await asyncio.wait([reading])
+            assert await labels(shards) == []
+        await until_ended(before)
+
+
+async def test_no_thread_is_left_when_the_shards_are_closed(open_folder):
+    before = threads()
     async with open_folder(shard_count=4) as shards:
         await labels(shards)
-        assert threading.active_count() > before
-    assert threading.active_count() <= before + 1  # the pool that ran the migrations
+        assert threads() > before
+    await until_ended(before)
