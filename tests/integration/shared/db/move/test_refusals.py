@@ -73,6 +73,15 @@ async def test_marks_that_pile_up_while_a_bucket_is_copied_end_its_move(ground, 
     assert "piles up" in move.reason
 
 
+async def test_a_bucket_that_is_written_faster_than_it_is_carried_over_is_not_fenced(ground):
+    async with ground.open() as shards:
+        await add_counters(shards, 3)
+        never_few = paced("fence", die, backlog_max=0, passes_max=2)
+        with pytest.raises(MoveFailed, match="is written faster than it can be carried over"):
+            await move_bucket(ground.moves, BUCKET, 1, never_few)
+    assert await states(ground) == ["ACTIVE", "ABORTED"]
+
+
 async def test_a_bucket_whose_events_wait_for_their_relay_is_not_fenced(ground):
     async with ground.open() as shards:
         async with shards.bucket(BUCKET).transaction() as tx:
