@@ -19,7 +19,7 @@ from deploy.local.errors import LaunchError
 from deploy.local.processes import memory_bytes
 from deploy.quota_commands import quota_app
 from deploy.settings import PREFIX, load_settings, require_known, value_of
-from deploy.shards_commands import shards_app
+from deploy.shards_growing import shards_app
 from shared.config import ConfigError, ProcessConfig, load
 
 if TYPE_CHECKING:

@@ -1,12 +1,15 @@
-"""tenfold shards list, map, move, verify, status, abort, promote: where buckets live."""
+"""tenfold shards list, map, move, verify, status, abort, promote: where buckets live.
+
+How there come to be more shards is in shards_growing.py.
+"""
 
 import asyncio
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +24,7 @@ from shared.db.ids import BUCKET_COUNT
 from shared.db.move.failpoints import FAILPOINT_VARIABLE, armed
 from shared.db.move.mover import Pace, Progress, Tools
 from shared.db.move.place import Place, move_bucket, settle_move
-from shared.db.move.port import Move, MoveFailed, MoveLost, MoveRefused
+from shared.db.move.port import Move, MoveFailed, MoveLost, MoveRefused, Recorded
 from shared.db.move.sqlite_folder import SqliteFolder
 from shared.db.move.survey import Survey, disagreements
 from shared.db.shards import BucketMap
@@ -43,6 +46,7 @@ shards_app = typer.Typer(
     "\b\n"
     "    tenfold shards list media\n"
     "    tenfold shards move media --buckets 0-3,17 --to 1\n"
+    "    tenfold shards add media && tenfold shards rebalance media\n"
     "    tenfold shards verify media\n",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -61,13 +65,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for script
 @shards_app.command(name="list")
 def list_(service: ServiceArgument, as_json: JsonOption = False, data: DataOption = None) -> None:
     """List a service's shards: how many buckets each owns, and how large it is."""
-    with _place(service, data) as place:
+    with opened_place(service, data) as place:
         surveys = asyncio.run(_surveyed(place))
+        recorded = {one.index: one for one in asyncio.run(_recorded(place))}
     rows = [
         {
             "shard": survey.index,
             "buckets": len(survey.owned),
             "bytes": survey.size_bytes,
+            "weight": recorded[survey.index].weight,
             "place": survey.place,
         }
         for survey in surveys
@@ -75,10 +81,14 @@ def list_(service: ServiceArgument, as_json: JsonOption = False, data: DataOptio
     if as_json:
         print(json.dumps(rows))
         return
-    print(f"{'shard':>5}  {'buckets':>7}  {'size':>10}  place")
+    print(f"{'shard':>5}  {'buckets':>7}  {'size':>10}  {'weight':>6}  place")
     for row in rows:
         size = f"{int(str(row['bytes'])) / 2**20:.1f} MiB"
-        print(f"{row['shard']:>5}  {row['buckets']:>7}  {size:>10}  {row['place']}")
+        numbers = f"{row['shard']:>5}  {row['buckets']:>7}  {size:>10}  {row['weight']:>6}"
+        print(f"{numbers}  {row['place']}")
+    for one in recorded.values():
+        if not one.is_active:
+            print(f"{one.index:>5}  is being added; if nobody does, repeat 'tenfold shards add'")
 
 
 @shards_app.command(name="map")
@@ -90,7 +100,7 @@ def map_(
 ) -> None:
     """Print which shard owns which buckets, as the shards themselves say."""
     wanted = range(BUCKET_COUNT) if bucket is None else [_bucket(str(bucket))]
-    with _place(service, data) as place:
+    with opened_place(service, data) as place:
         owned = {survey.index: set(survey.owned) for survey in asyncio.run(_surveyed(place))}
     runs: list[dict[str, int | None]] = []
     for number in wanted:
@@ -126,9 +136,9 @@ def move(
     written to standard error about once a second, each bucket's end to standard output.
     """
     numbers = _buckets(buckets)
-    with _place(service, data) as place:
+    with opened_place(service, data) as place:
         for number in numbers:
-            moved = _Moved(number, as_json=as_json)
+            moved = Moved(number, as_json=as_json)
             try:
                 asyncio.run(move_bucket(place, number, to, moved.tools()))
             except KeyboardInterrupt:
@@ -139,7 +149,7 @@ def move(
 @shards_app.command()
 def status(service: ServiceArgument, as_json: JsonOption = False, data: DataOption = None) -> None:
     """Show moves that have not ended: the bucket, how far it is, and whether its mover lives."""
-    with _place(service, data) as place:
+    with opened_place(service, data) as place:
         moves = asyncio.run(place.control.list_moves(is_open=True))
     now_us = time.time_ns() // 1000
     rows = [
@@ -170,7 +180,7 @@ def abort(service: ServiceArgument, as_json: JsonOption = False, data: DataOptio
 
     A mover that still works finds itself replaced and stops.
     """
-    with _place(service, data) as place:
+    with opened_place(service, data) as place:
         moves = asyncio.run(place.control.list_moves(is_open=True))
         for one in moves:
             tools = Tools(pace=replace(Pace(), grace_s=0.0))
@@ -188,7 +198,7 @@ def verify(service: ServiceArgument, as_json: JsonOption = False, data: DataOpti
 
     Exit code 0: all is as it must be; 1: it is not, and the sentences say what to do.
     """
-    with _place(service, data) as place:
+    with opened_place(service, data) as place:
         moves: Sequence[Move] = asyncio.run(place.control.list_moves(is_open=True))
         bucket_map: BucketMap = asyncio.run(place.control.read_map())
         found = list(disagreements(asyncio.run(_surveyed(place)), bucket_map))
@@ -236,7 +246,7 @@ def promote(
             "The cluster on this machine promotes by itself when a primary dies, and a promotion "
             "by hand would be behind its back: 'promote' is for Postgres that you run."
         )
-    with _place(service, data) as place:
+    with opened_place(service, data) as place:
         _print_promoted(_promoted(place, int(number), to), as_json=as_json)
 
 
@@ -281,8 +291,16 @@ def _print_promoted(done: "Promoted", *, as_json: bool) -> None:
         print(f"{problem[0].upper()}{problem[1:]}.")
 
 
+def failpoints() -> Callable[[str], None]:
+    """What is called after each step, as the setting says."""
+    try:
+        return armed(value_of(FAILPOINT_VARIABLE, os.environ, load_settings()))
+    except ValueError as error:
+        raise LaunchError(f"{error}.") from error
+
+
 @dataclass
-class _Moved:
+class Moved:
     """One bucket's way, as the operator sees it."""
 
     bucket: int
@@ -292,11 +310,7 @@ class _Moved:
 
     def tools(self) -> Tools:
         """For the mover: it reports here."""
-        setting = value_of(FAILPOINT_VARIABLE, os.environ, load_settings())
-        try:
-            return Tools(report=self.report, visit=armed(setting))
-        except ValueError as error:
-            raise LaunchError(f"{error}.") from error
+        return Tools(report=self.report, visit=failpoints())
 
     def report(self, progress: Progress) -> None:
         """Print a line now and then."""
@@ -324,12 +338,16 @@ class _Moved:
         print(f"bucket {self.bucket}: on shard {to}, {rows} rows; its writers waited {pause_ms} ms")
 
 
+async def _recorded(place: Place) -> Sequence[Recorded]:
+    return await place.control.list_shards()
+
+
 async def _surveyed(place: Place) -> Sequence[Survey]:
     return await place.survey()
 
 
 @contextmanager
-def _place(service: str, data: Path | None) -> Iterator[Place]:
+def opened_place(service: str, data: Path | None) -> Iterator[Place]:
     """The service's shards; what goes wrong with them is said in one sentence."""
     variable, settings = f"TENFOLD_{service.upper()}_DATABASE", load_settings()
     if variable not in settings:
@@ -344,18 +362,22 @@ def _place(service: str, data: Path | None) -> Iterator[Place]:
         return
     # Not needed, and so not loaded, by the other commands.
     from shared.db.move.postgres_place import PostgresPlace
+    from shared.db.postgres_recorded import all_servers
     from shared.db.postgres_shards import parse_servers
 
     try:
         servers = parse_servers(database, service=service)
     except ValueError as error:
         raise LaunchError(f"{variable} is not allowed: {error}.") from error
-    with _told_in_a_sentence():
+    with suppress(DatabaseRefused):  # without the first, those that it names can be used
+        servers = asyncio.run(all_servers(servers))
+    with told_in_a_sentence():
         yield PostgresPlace(servers)
 
 
 @contextmanager
-def _told_in_a_sentence() -> Iterator[None]:
+def told_in_a_sentence() -> Iterator[None]:
+    """What goes wrong with shards in the block is said to the operator, without a traceback."""
     try:
         yield
     except (MoveRefused, MoveFailed, MoveLost, DatabaseRefused) as error:
@@ -368,7 +390,7 @@ def _folder(service: str, data: Path | None) -> Iterator[SqliteFolder]:
     settings = load_settings()
     root = data or Path(value_of(DATA_SETTING, os.environ, settings))
     path = (root / "services" / service / "shards").absolute()
-    with _told_in_a_sentence():
+    with told_in_a_sentence():
         if not (path / "control.sqlite").is_file():
             raise DatabaseRefused(f"{path} holds no shards of {service}: has it ever been started?")
         yield SqliteFolder(path)

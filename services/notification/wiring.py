@@ -23,6 +23,7 @@ from shared.bus.outbox import run_relay
 from shared.bus.worker import run_subscription
 from shared.config import ConfigError, load
 from shared.db.engines import ShardSettings, open_shards
+from shared.db.growing import run_on_each
 from shared.db.housekeeping import run_housekeeping
 from shared.db.port import Shards
 from shared.lifecycle import Loop, Registration, Service
@@ -105,8 +106,8 @@ def _loops(runtime: Runtime, shards: Shards, mail: MailSender, signal: InboxSign
         partial(run_subscription, runtime.bus, shards, subscription, clock=runtime.clock)
         for subscription in listener.subscriptions()
     ]
-    senders = [partial(mail.run, shard) for shard in shards.all()]
-    return [relay, housekeeping, *subscriptions, *senders]
+    senders = partial(run_on_each, shards, mail.run)
+    return [relay, housekeeping, *subscriptions, senders]
 
 
 def mail_server_of(config: NotificationConfig) -> MailServer:

@@ -14,7 +14,9 @@ import random
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
+from contextvars import Context
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID
 
 from services.payment.journal import Journal, journal_of
@@ -205,10 +207,14 @@ class Lane:
 class Lanes:
     """Every shard's lane."""
 
-    def __init__(self, shards: Shards, clock: Clock) -> None:
+    def __init__(self, shards: Shards, clock: Clock, tasks: asyncio.TaskGroup) -> None:
         journal = journal_of(shards.engine)
         self._shards = shards
-        self.lanes = [Lane(shards, shard.index, journal, clock) for shard in shards.all()]
+        self._tasks = tasks
+        self._running: list[asyncio.Task[None]] = []
+        self._make = partial(Lane, shards, journal=journal, clock=clock)
+        self.lanes: list[Lane] = []
+        self._open(len(shards.all()))
 
     async def submit(self, orders: Sequence[Order]) -> list[Answer]:
         """Have these orders decided in one batch, in their order.
@@ -236,7 +242,22 @@ class Lanes:
         indexes = {self._shards.shard_index(bucket) for bucket in buckets}
         if len(indexes) > 1:
             raise OnSeveralShards
-        return self.lanes[indexes.pop()]
+        index = indexes.pop()
+        self._open(index + 1)  # shards may have been added
+        return self.lanes[index]
+
+    def _open(self, count: int) -> None:
+        for index in range(len(self.lanes), count):
+            self.lanes.append(self._make(index))
+            run = self.lanes[index].run()
+            # Not as a part of the call that may have asked for it.
+            task = self._tasks.create_task(run, name=f"lane-{index}", context=Context())
+            self._running.append(task)
+
+    def close(self) -> None:
+        """End every lane; whoever waits is told."""
+        for task in self._running:
+            task.cancel()
 
 
 def _buckets_of(orders: Sequence[Order]) -> frozenset[int]:
@@ -250,13 +271,9 @@ def _buckets_of(orders: Sequence[Order]) -> frozenset[int]:
 @asynccontextmanager
 async def open_lanes(shards: Shards, clock: Clock) -> AsyncIterator[Lanes]:
     """Run every shard's lane while the block runs."""
-    lanes = Lanes(shards, clock)
     async with asyncio.TaskGroup() as tasks:
-        running = [
-            tasks.create_task(lane.run(), name=f"lane-{at}") for at, lane in enumerate(lanes.lanes)
-        ]
+        lanes = Lanes(shards, clock, tasks)
         try:
             yield lanes
         finally:
-            for task in running:
-                task.cancel()
+            lanes.close()

@@ -36,6 +36,7 @@ from shared.bus.checkpoint import checkpoint
 from shared.bus.jetstream import Bus, StreamMissing
 from shared.clock import Clock, of_us, to_us
 from shared.crashpoints import CrashPoint
+from shared.db.growing import run_on_each
 from shared.db.port import Row, Shard, Shards
 from shared.errors import TenfoldError
 
@@ -124,14 +125,20 @@ async def run_relay(shards: Shards, bus: Bus, *, service: str, clock: Clock) -> 
         BusClosed: the connection will never come back.
     """
     streams = _Streams(bus, service)
-    relays = [_ShardRelay(shard, bus, streams, clock) for shard in shards.all()]
+    relays: list[_ShardRelay] = []
+
+    async def relay_shard(shard: Shard) -> None:
+        relay = _ShardRelay(shard, bus, streams, clock)
+        relays.append(relay)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(relay.run())
+            tasks.create_task(relay.run_sweep())
+
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(streams.run())
             tasks.create_task(_run_wake(shards, relays))
-            for relay in relays:
-                tasks.create_task(relay.run())
-                tasks.create_task(relay.run_sweep())
+            tasks.create_task(run_on_each(shards, relay_shard))
     finally:
         for relay in relays:
             await relay.release()

@@ -105,10 +105,10 @@ async def migrate_shards(settings: ShardSettings) -> int:
     if servers := servers_of(settings):
         from shared.db import postgres_shards
 
-        await postgres_shards.prepare(
+        prepared = await postgres_shards.prepare(
             postgres_shards.Plan(servers, service, migrations, settings.owned_by_first)
         )
-        return len(servers)
+        return len(prepared.primaries)
     from shared.db import sqlite_files
 
     plan = sqlite_files.Plan(

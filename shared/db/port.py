@@ -253,7 +253,19 @@ class Shards(Protocol):
         ...
 
     def all(self) -> Sequence[Shard]:
-        """Every shard, for scatter reads and relays."""
+        """Every shard that is known by now, for scatter reads and relays."""
+        ...
+
+    async def learn(self) -> bool:
+        """Open shards that were added meanwhile; whether there were any.
+
+        It is asked every few seconds, and where a bucket cannot be found. False also where
+        nobody can say.
+        """
+        ...
+
+    async def wait_for_more(self, count: int) -> None:
+        """Return when there are more shards than that."""
         ...
 
     async def settle_moves(self) -> None:

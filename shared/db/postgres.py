@@ -15,13 +15,14 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     asynccontextmanager,
     nullcontext,
     suppress,
 )
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -37,8 +38,10 @@ from shared.db.causal_reader import CausalReader
 from shared.db.crash_points import AFTER_COMMIT, BEFORE_COMMIT, CLAIMED_NOT_EFFECTED
 from shared.db.errors import BucketElsewhere, DatabaseRefused
 from shared.db.following import Following
+from shared.db.growing import Growth, run_learning
 from shared.db.ids import bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S, bounded
+from shared.db.load import LoadMeter, run_telling
 from shared.db.move.mover import Tools
 from shared.db.move.place import settle_left
 from shared.db.move.port import LEASE_US_MAX, MoveFailed
@@ -66,6 +69,7 @@ from shared.db.postgres_connection import (
 from shared.db.postgres_gate import Gate
 from shared.db.postgres_pool import Pool
 from shared.db.postgres_primary import Primary
+from shared.db.postgres_recorded import SELECT_RECORDED, further_servers
 from shared.db.postgres_replicas import Host, LagGuard, LogEnd, Replicas
 from shared.db.postgres_shards import Plan, prepare
 from shared.db.shards import BucketMap
@@ -468,11 +472,13 @@ class PostgresBucket:
 
     async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
         """See Reader.fetch_all."""
-        following = Following(self.shards)
+        following, begun_s = Following(self.shards), time.monotonic()
         while True:
             shard = self.shards.shard_of(self.number)
             try:
-                return await shard.fetch_owned(self.number, sql, *arguments)
+                rows = await shard.fetch_owned(self.number, sql, *arguments)
+                self.shards.meter.add((self.number,), time.monotonic() - begun_s)
+                return rows
             except BucketElsewhere as elsewhere:
                 if self.shards.shard_of(self.number) is shard:  # else another call has found it
                     await following.step(elsewhere)
@@ -586,6 +592,7 @@ class BucketTurn:
         self._also = also
         self._key = key
         self._turn: Turn
+        self._begun_s = 0.0
 
     async def __aenter__(self) -> PostgresTransaction:
         """Follow the bucket to where it can be entered."""
@@ -597,7 +604,9 @@ class BucketTurn:
             shard = bucket.shards.shard_of(bucket.number)
             self._turn = Turn(shard, admission, bucket.number)
             try:
-                return await self._turn.__aenter__()
+                entered = await self._turn.__aenter__()
+                self._begun_s = time.monotonic()
+                return entered
             except BucketElsewhere as elsewhere:
                 if bucket.shards.shard_of(bucket.number) is shard:  # else another call has found it
                     await following.step(elsewhere)
@@ -624,7 +633,11 @@ class BucketTurn:
         trace: TracebackType | None,
     ) -> None:
         """See Turn."""
-        await self._turn.__aexit__(kind, error, trace)
+        try:
+            await self._turn.__aexit__(kind, error, trace)
+        finally:
+            buckets = (self._bucket.number, *self._also)
+            self._bucket.shards.meter.add(buckets, time.monotonic() - self._begun_s)
 
 
 def admission_of(buckets: Collection[int], key: Once | None) -> str:
@@ -653,8 +666,12 @@ class PostgresShards:
     secret: bytes
     on_outbox: asyncio.Event
     place: PostgresPlace
+    maker: "ShardMaker"
+    meter: LoadMeter = field(default_factory=LoadMeter)
     settling: asyncio.Lock = field(default_factory=asyncio.Lock)
     asked_s: float = -math.inf
+    learning: asyncio.Lock = field(default_factory=asyncio.Lock)
+    growth: Growth = field(default_factory=Growth)
 
     def holding(self, key: UUID) -> Bucket:
         """See Shards.holding."""
@@ -682,23 +699,52 @@ class PostgresShards:
         """See Shards.all."""
         return list(self.shards)
 
+    async def learn(self) -> bool:
+        """See Shards.learn."""
+        known_count = len(self.shards)
+        async with self.learning:
+            with suppress(TenfoldError):  # Control is away: the next time, perhaps
+                rows = await self.shards[0].fetch_all(SELECT_RECORDED, len(self.shards))
+                for server in further_servers(rows, self.maker.servers):
+                    await self._open_further(server)
+        return len(self.shards) > known_count
+
+    async def _open_further(self, server: Server) -> None:
+        primary = Primary(server)
+        await primary.find()  # which one that is can be found out later, too
+        self.maker.servers.append(server)
+        self.shards.append(self.maker.make(len(self.shards), primary))
+        self.growth.tell()
+
+    async def wait_for_more(self, count: int) -> None:
+        """See Shards.wait_for_more."""
+        while len(self.shards) <= count:
+            await self.growth.wait()
+
     async def locate(self, bucket: int) -> bool:
         """Ask every shard who owns a bucket; True if the map has changed by it.
 
         If nobody can write it because its mover has died, this process settles the move.
         """
-        owners = []
-        for shard in self.shards:
-            try:
-                if await shard.fetch_all(_OWNS, bucket):
-                    owners.append(shard.index)
-            except TenfoldError:
-                continue  # a shard that is down owns nothing that can be used now
+        owners = await self._owners_of(bucket)
+        if not owners and await self.learn():
+            owners = await self._owners_of(bucket)
         if len(owners) != 1 or owners[0] == self.bucket_map.shard_index(bucket):
             await self._settle_left(bucket)
             return False
         self.bucket_map = self.bucket_map.moved(bucket, owners[0])
         return True
+
+    async def _owners_of(self, bucket: int) -> list[int]:
+        async def owned(shard: PostgresShard) -> bool:
+            try:
+                return bool(await shard.fetch_all(_OWNS, bucket))
+            except TenfoldError:
+                return False  # a shard that is down owns nothing that can be used now
+
+        asked = list(self.shards)
+        answers = await asyncio.gather(*map(owned, asked))
+        return [shard.index for shard, is_owner in zip(asked, answers, strict=True) if is_owner]
 
     async def _settle_left(self, bucket: int | None) -> None:
         if self.settling.locked():
@@ -762,30 +808,56 @@ async def open_postgres_shards(
     prepared = await prepare(Plan(servers, service, migrations, owned_by_first))
     on_outbox = asyncio.Event()
     tenants = TenantCheck(prepared.tenant_tables)
-    gates = [Gate(servers, index) for index, _ in enumerate(servers)]
-    shards = [
-        PostgresShard(
+    known = [primary.server for primary in prepared.primaries]
+    maker = ShardMaker(service, clock, tenants, on_outbox, lag_guard, known)
+    shards = [maker.make(index, primary) for index, primary in enumerate(prepared.primaries)]
+    try:
+        place = PostgresPlace(known, imports=False)
+        opened = PostgresShards(shards, prepared.bucket_map, secret, on_outbox, place, maker)
+        maker.watch(run_learning(opened), f"shards-of-{service}")
+        maker.watch(run_telling(opened.meter, place.control, clock), f"load-of-{service}")
+        yield opened
+    finally:
+        await asyncio.shield(_close_all(shards, maker.watching))
+
+
+@dataclass
+class ShardMaker:
+    """Makes a service's shards, at the start and whenever one was added.
+
+    Attributes:
+        servers: all that are known; it grows with them, and so does what was given it.
+        watching: what runs beside them until they are closed.
+    """
+
+    service: str
+    clock: Clock
+    tenants: TenantCheck
+    on_outbox: asyncio.Event
+    lag_guard: LagGuard | None
+    servers: list[Server]
+    watching: "list[asyncio.Task[None]]" = field(default_factory=list)
+
+    def make(self, index: int, primary: Primary) -> PostgresShard:
+        """One shard; it connects when it is first asked."""
+        place, gate = f"{self.service}.{index}", Gate(self.servers, index)
+        replicas = _replicas(place, primary.server, self.tenants, self.lag_guard)
+        if replicas is not None:
+            self.watch(replicas.run(), f"replicas-{place}")
+        return PostgresShard(
             index=index,
             primary=primary,
-            service=service,
-            clock=clock,
-            writers=Pool(primary, tenants, WRITERS_MAX, gates[index].enter),
-            readers=Pool(primary, tenants, READERS_MAX, gates[index].enter),
-            on_outbox=on_outbox,
-            replicas=_replicas(f"{service}.{index}", primary.server, tenants, lag_guard),
+            service=self.service,
+            clock=self.clock,
+            writers=Pool(primary, self.tenants, WRITERS_MAX, gate.enter),
+            readers=Pool(primary, self.tenants, READERS_MAX, gate.enter),
+            on_outbox=self.on_outbox,
+            replicas=replicas,
         )
-        for index, primary in enumerate(prepared.primaries)
-    ]
-    watching = [
-        asyncio.create_task(shard.replicas.run(), name=f"replicas-{shard.replicas.place}")
-        for shard in shards
-        if shard.replicas is not None
-    ]
-    try:
-        place = PostgresPlace(servers, imports=False)
-        yield PostgresShards(shards, prepared.bucket_map, secret, on_outbox, place)
-    finally:
-        await asyncio.shield(_close_all(shards, watching))
+
+    def watch(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run this until the shards are closed; not as a part of the call that needs it now."""
+        self.watching.append(asyncio.create_task(work, name=name, context=Context()))
 
 
 def _replicas(

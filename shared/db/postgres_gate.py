@@ -31,6 +31,7 @@ from shared.db.move.protocol import OWNING, Phase, State, Token
 from shared.db.move.reconcile import Correction, Owner, Said, verdict
 from shared.db.postgres_connection import ERRORS, TIMELINE, Server, behind_gate
 from shared.db.postgres_primary import connect_to_primary
+from shared.db.postgres_recorded import all_servers
 
 GATE_S_MAX = 30.0
 # One process reconciles a service at a time; the bytes spell "TFGT".
@@ -110,6 +111,7 @@ async def pass_gate(servers: Sequence[Server], index: int) -> Reconciled:
                 return Reconciled(index, timeline, timeline)
             if index != _CONTROL:
                 await pass_gate(servers, _CONTROL)  # or its word may not be the last
+            servers = await all_servers(servers)  # more may have been added meanwhile
             async with _connected(servers[_CONTROL]) as control:
                 await control.execute(f"SELECT pg_advisory_lock({_RECONCILING})")
                 return await _Gate(servers, index, raw, control).pass_()

@@ -23,19 +23,23 @@ from shared.db.postgres_connection import ERRORS, TIMELINE, Server, connect
 from shared.db.postgres_gate import pass_gate
 from shared.db.postgres_migrate import migrate_postgres, own_tables
 from shared.db.postgres_primary import Primary, is_behind_gate
+from shared.db.postgres_recorded import all_servers
 from shared.db.shards import SHARD_COUNT_MAX, BucketMap, CoverageBroken
 from shared.db.sql import OWNED_STATES
 
 # One process plans at a time; the bytes spell "TFPL".
-_PLANNING = 0x5446504C
+PLANNING = 0x5446504C
 _CONTROL_TABLES = """
 CREATE SCHEMA IF NOT EXISTS tenfold_control;
 CREATE TABLE IF NOT EXISTS tenfold_control.shard (
     shard_id bigint PRIMARY KEY, weight bigint NOT NULL, state text NOT NULL);
 ALTER TABLE tenfold_control.shard ADD COLUMN IF NOT EXISTS timeline bigint NOT NULL DEFAULT 0;
 ALTER TABLE tenfold_control.shard ADD COLUMN IF NOT EXISTS is_made boolean NOT NULL DEFAULT false;
+ALTER TABLE tenfold_control.shard ADD COLUMN IF NOT EXISTS dsn text NOT NULL DEFAULT '';
 CREATE TABLE IF NOT EXISTS tenfold_control.bucket_map (
     bucket smallint PRIMARY KEY, shard_id bigint NOT NULL, epoch bigint NOT NULL);
+CREATE TABLE IF NOT EXISTS tenfold_control.bucket_busy (
+    bucket smallint PRIMARY KEY, busy_us double precision NOT NULL, at_us bigint NOT NULL);
 """
 # Between the two commits that hand a bucket over, no shard owns it: it is where it is going.
 _ARRIVING = """
@@ -47,12 +51,14 @@ SELECT number - 1, shard_id, 1 FROM unnest($1::bigint[]) WITH ORDINALITY AS all_
 """
 _INSERT_SHARD = """
 INSERT INTO tenfold_control.shard (shard_id, weight, state) VALUES ($1, 1, 'ACTIVE')
+ON CONFLICT (shard_id) DO UPDATE SET state = 'ACTIVE', dsn = ''
 """
+COUNT_SHARDS = "SELECT count(*) FROM tenfold_control.shard WHERE state <> 'ADDING'"
 # A shard that has been made is never made again: an empty database in its place is a wrong one.
 _SELECT_MADE = "SELECT shard_id FROM tenfold_control.shard WHERE is_made"
 _SET_MADE = "UPDATE tenfold_control.shard SET is_made = true WHERE shard_id < $1 AND NOT is_made"
 _SET_TIMELINE = "UPDATE tenfold_control.shard SET timeline = $2 WHERE shard_id = $1"
-_CLAIM_SHARD = """
+CLAIM_SHARD = """
 INSERT INTO tenfold_shard (one, shard_id, timeline, schema_version) VALUES (1, $1, $2, $3)
 """
 _CLAIM_BUCKETS = """
@@ -140,7 +146,7 @@ async def prepare(plan: Plan) -> Prepared:
     migrations = load_migrations(FRAMEWORK_MIGRATIONS, area="framework", engine="postgres")
     framework = tables_made_by(migrations)
     migrations += load_migrations(plan.migrations, area=plan.service, engine="postgres")
-    primaries = [Primary(server) for server in plan.servers]
+    primaries = [Primary(server) for server in await _all_servers(plan.servers)]
     await asyncio.gather(*(primary.find() for primary in primaries))
     servers = [primary.server for primary in primaries]
     connections = await _connect_all(servers)
@@ -167,6 +173,13 @@ async def prepare(plan: Plan) -> Prepared:
             "them, in the order in which they were made"
         ) from error
     return Prepared(primaries, bucket_map, tenant_tables)
+
+
+async def _all_servers(named: Sequence[Server]) -> Sequence[Server]:
+    try:
+        return await all_servers(named)
+    except DatabaseRefused:
+        return named  # what is wrong with the first is told below, with what is wrong with others
 
 
 async def _add_arriving(control: Any, owned: dict[int, list[int]]) -> None:  # noqa: ANN401
@@ -261,7 +274,7 @@ async def _planned(
 ) -> BucketMap:
     """The plan of these shards: made now if they are new, else what they were made with."""
     async with control.transaction():
-        await control.execute(f"SELECT pg_advisory_xact_lock({_PLANNING})")
+        await control.execute(f"SELECT pg_advisory_xact_lock({PLANNING})")
         # Opening a relation makes this session hear of what another has made while we waited:
         # it remembers that there was no such schema.
         await control.execute("SELECT FROM pg_namespace LIMIT 1")
@@ -272,15 +285,15 @@ async def _planned(
         if rows:
             hint = BucketMap(1, tuple(int(row["shard_id"]) for row in rows))
         else:
-            count = len(plan.servers)
+            count = len(primaries)
             hint = BucketMap.first_owns_all() if plan.owned_by_first else BucketMap.even(count)
             await control.execute(_INSERT_MAP, list(hint.shard_indexes))
-        known = await control.fetchval("SELECT count(*) FROM tenfold_control.shard")
-        if known > len(plan.servers):
+        known = await control.fetchval(COUNT_SHARDS)
+        if known > len(primaries):
             raise DatabaseRefused(
-                f"{plan.service} has {known} shards and {len(plan.servers)} were named: name all"
+                f"{plan.service} has {known} shards and {len(primaries)} were named: name all"
             )
-        for index in range(known, len(plan.servers)):
+        for index in range(known, len(primaries)):
             await control.execute(_INSERT_SHARD, index)
         await _remember_timelines(control, primaries)
     return hint
@@ -288,7 +301,9 @@ async def _planned(
 
 async def _remember_timelines(control: Any, primaries: Sequence[Primary]) -> None:  # noqa: ANN401
     """What a process that starts anew knows of promotions, if only the old primary answers it."""
-    rows = await control.fetch("SELECT shard_id, timeline FROM tenfold_control.shard")
+    rows = await control.fetch(
+        "SELECT shard_id, timeline FROM tenfold_control.shard WHERE state <> 'ADDING'"
+    )
     seen = {row["shard_id"]: row["timeline"] for row in rows}
     for index, primary in enumerate(primaries):
         if primary.timeline < seen[index]:
@@ -308,11 +323,11 @@ async def _claim(
 ) -> list[int]:
     """Say in a new shard which it is and what it owns; in an old one, read what it owns."""
     async with connection.transaction():
-        await connection.execute(f"SELECT pg_advisory_xact_lock({_PLANNING})")
+        await connection.execute(f"SELECT pg_advisory_xact_lock({PLANNING})")
         shard_id = await connection.fetchval("SELECT shard_id FROM tenfold_shard")
         if shard_id is None:
             timeline = await connection.fetchval(f"SELECT {TIMELINE}")
-            await connection.execute(_CLAIM_SHARD, index, timeline, schema_version)
+            await connection.execute(CLAIM_SHARD, index, timeline, schema_version)
             await connection.execute(_CLAIM_BUCKETS, hint.buckets_of(index))
         elif shard_id != index:
             raise DatabaseRefused(

@@ -72,7 +72,8 @@ async def scatter(
             if sort_key is not None:
                 rows.sort(key=sort_key, reverse=descending)
             return Gathered(rows[:limit], unreachable)
-        await asyncio.sleep(RETRY_WAIT_S)
+        if not await shards.learn():
+            await asyncio.sleep(RETRY_WAIT_S)
     raise Unavailable("parts of the data are moving; try again", retry_after_s=1.0)
 
 

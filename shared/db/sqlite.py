@@ -15,8 +15,9 @@ take the last commits.
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,8 +31,10 @@ from shared.db.causal_reader import CausalReader
 from shared.db.crash_points import CLAIMED_NOT_EFFECTED
 from shared.db.errors import BucketElsewhere, DatabaseRefused
 from shared.db.following import Following, moving
+from shared.db.growing import Growth, run_learning
 from shared.db.ids import BUCKET_COUNT, bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S
+from shared.db.load import LoadMeter, run_telling
 from shared.db.move.mover import Tools
 from shared.db.move.place import settle_left
 from shared.db.move.port import MoveFailed
@@ -291,10 +294,12 @@ class SqliteBucket:
 
     async def fetch_all(self, sql: str, *arguments: object) -> Sequence[Row]:
         """See Reader.fetch_all."""
-        following = Following(self.shards)
+        following, begun_s = Following(self.shards), time.monotonic()
         while True:
             try:
-                return await self.shard.fetch_owned(self.number, sql, *arguments)
+                rows = await self.shard.fetch_owned(self.number, sql, *arguments)
+                self.shards.meter.add((self.number,), time.monotonic() - begun_s)
+                return rows
             except BucketElsewhere as elsewhere:
                 await following.step(elsewhere)
 
@@ -360,7 +365,11 @@ class SqliteBucket:
                     break
                 except BucketElsewhere as elsewhere:
                     await following.step(elsewhere)
-            yield entered
+            begun_s = time.monotonic()
+            try:
+                yield entered
+            finally:
+                self.shards.meter.add((self.number, *also), time.monotonic() - begun_s)
 
     async def _claim(self, once: Once, home: int) -> None:
         async with SqliteBucket(self.shards, home)._entered(()) as (_, tx):
@@ -384,7 +393,11 @@ class SqliteShards:
     folder: SqliteFolder
     secret: bytes
     on_outbox: asyncio.Event
+    open_shard: Callable[[int], Awaitable[SqliteShard]]
+    meter: LoadMeter = field(default_factory=LoadMeter)
     settling: asyncio.Lock = field(default_factory=asyncio.Lock)
+    learning: asyncio.Lock = field(default_factory=asyncio.Lock)
+    growth: Growth = field(default_factory=Growth)
 
     def holding(self, key: UUID) -> Bucket:
         """See Shards.holding."""
@@ -412,6 +425,22 @@ class SqliteShards:
         """See Shards.all."""
         return list(self.shards)
 
+    async def learn(self) -> bool:
+        """See Shards.learn."""
+        known_count = len(self.shards)
+        async with self.learning:
+            with suppress(MoveFailed, DatabaseRefused):  # the next time, perhaps
+                for recorded in await self.folder.control.list_shards():
+                    if recorded.index == len(self.shards) and recorded.is_active:
+                        self.shards.append(await self.open_shard(recorded.index))
+                        self.growth.tell()
+        return len(self.shards) > known_count
+
+    async def wait_for_more(self, count: int) -> None:
+        """See Shards.wait_for_more."""
+        while len(self.shards) <= count:
+            await self.growth.wait()
+
     async def locate(self, bucket: int) -> bool:
         """Find a bucket: Control's newer map is a better hint, the shards' word is the truth.
 
@@ -420,6 +449,8 @@ class SqliteShards:
         before = self.bucket_map.shard_index(bucket)
         with suppress(MoveFailed, DatabaseRefused):
             known = await self.folder.control.read_map()
+            if not self._has_all(known):
+                await self.learn()
             if known.version > self.bucket_map.version and self._has_all(known):
                 self.bucket_map = known
         if self.bucket_map.shard_index(bucket) == before:
@@ -490,22 +521,34 @@ async def open_sqlite_shards(
     opened = await asyncio.to_thread(sqlite_files.prepare, plan)
     on_outbox = asyncio.Event()
     async with AsyncExitStack() as stack:
-        shards = [
-            await stack.enter_async_context(
-                _open_shard(
-                    index,
-                    opened=opened,
-                    service=service,
-                    synchronous=synchronous,
-                    clock=clock,
-                    on_outbox=on_outbox,
-                    causal_reads=causal_reads,
-                )
+
+        async def open_shard(index: int) -> SqliteShard:
+            shard = _open_shard(
+                index,
+                opened=opened,
+                service=service,
+                synchronous=synchronous,
+                clock=clock,
+                on_outbox=on_outbox,
+                causal_reads=causal_reads,
             )
-            for index in range(len(opened.paths))
-        ]
+            return await stack.enter_async_context(shard)
+
+        made = [await open_shard(index) for index in range(len(opened.paths))]
         place = SqliteFolder(opened.paths[0].parent)
-        yield SqliteShards(shards, opened.bucket_map, place, secret, on_outbox)
+        shards = SqliteShards(made, opened.bucket_map, place, secret, on_outbox, open_shard)
+        beside = [
+            asyncio.create_task(run_learning(shards), name=f"shards-of-{service}"),
+            asyncio.create_task(
+                run_telling(shards.meter, place.control, clock), name=f"load-of-{service}"
+            ),
+        ]
+        try:
+            yield shards
+        finally:
+            for task in beside:
+                task.cancel()
+            await asyncio.wait(beside)
 
 
 @asynccontextmanager
@@ -519,15 +562,16 @@ async def _open_shard(
     on_outbox: asyncio.Event,
     causal_reads: bool,
 ) -> AsyncIterator[SqliteShard]:
-    connection = await open_connection(
-        opened.paths[index], opened.schema, read_only=False, synchronous=synchronous
-    )
+    path, schema = sqlite_files.path_of(opened.paths[0].parent, index), opened.schema
+    connection = await open_connection(path, schema, read_only=False, synchronous=synchronous)
     try:
         writer = Writer(connection, on_outbox)
         await _guard(connection, opened.guarded_tables, writer)
-        path, schema = opened.paths[index], opened.schema
         shard = SqliteShard(index, path, service, schema, clock, writer, causal_reads)
-        serving = asyncio.create_task(writer.run(), name=f"{service}-writer-{index}")
+        # Not as a part of the call that may have asked for it.
+        serving = asyncio.create_task(
+            writer.run(), name=f"{service}-writer-{index}", context=Context()
+        )
         try:
             yield shard
         finally:

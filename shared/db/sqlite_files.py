@@ -6,6 +6,7 @@ it in the transaction that says which shard it is.
 """
 
 import sqlite3
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from shared.db.migrate import (
     tables_made_by,
 )
 from shared.db.move.sqlite_control import MOVE_TABLE, map_of_rows
-from shared.db.shards import BucketMap, CoverageBroken
+from shared.db.shards import SHARD_COUNT_MAX, BucketMap, CoverageBroken
 from shared.db.sql import OWNED_STATES
 from shared.db.sqlite_connection import Schema, read_schema
 
+Visit = Callable[[str], None]
 _CONTROL_TABLES = """
 CREATE TABLE IF NOT EXISTS shard (
     shard_id bigint PRIMARY KEY, dsn text NOT NULL, weight bigint NOT NULL, state text NOT NULL);
@@ -69,11 +71,11 @@ def prepare(plan: Plan) -> Prepared:
     framework_count = len(migrations)
     migrations += load_migrations(plan.migrations, area=plan.service)
     hint = _control(plan)
-    paths = [plan.folder.absolute() / f"shard-{index}.sqlite" for index in range(plan.shard_count)]
+    paths = [path_of(plan.folder, index) for index in range(_count_shards(plan))]
     owned: dict[int, list[int]] = {}
     _migrate_all(paths, migrations)
     for index, path in enumerate(paths):
-        owned[index] = _claim_buckets(path, index, hint, migrations)
+        owned[index] = _claim_buckets(path, index, hint.buckets_of(index), migrations)
     _mark_made(plan)
     _add_arriving(plan, owned)
     try:
@@ -83,6 +85,86 @@ def prepare(plan: Plan) -> Prepared:
     framework = tables_made_by(migrations[:framework_count])
     schema, guarded = read_schema(paths[0], framework)
     return Prepared(paths, bucket_map, schema, guarded)
+
+
+def add_shard(folder: Path, service: str, migrations: Path, weight: int, visit: Visit) -> int:
+    """Make one more shard while the folder is used; returns its index.
+
+    Killed at any point, a repeat or the service's next start finishes it. Blocking.
+
+    Raises:
+        DatabaseRefused: nothing was added; the sentence says why.
+    """
+    control, every = folder / "control.sqlite", _load_all(service, migrations)
+    require_schema(_schema_version(folder), len(every), service)
+    with sqlite_file(control, is_checked=True) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        index = _record(connection, folder, weight)
+        connection.execute("COMMIT")
+    visit("add.recorded")
+    migrate_sqlite(path_of(folder, index), every)
+    _claim_buckets(path_of(folder, index), index, (), every)
+    visit("add.made")
+    with sqlite_file(control, is_checked=True) as connection:
+        connection.execute("UPDATE shard SET state = 'ACTIVE' WHERE shard_id = ?", (index,))
+    visit("add.active")
+    return index
+
+
+def _record(connection: sqlite3.Connection, folder: Path, weight: int) -> int:
+    left = connection.execute("SELECT shard_id FROM shard WHERE state = 'ADDING'").fetchone()
+    if left is not None:
+        index: int = left[0]
+        connection.execute("UPDATE shard SET weight = ? WHERE shard_id = ?", (weight, index))
+        return index
+    index = connection.execute("SELECT count(*) FROM shard").fetchone()[0]
+    require_room(index)
+    path = path_of(folder, index)
+    if path.exists():
+        raise DatabaseRefused(f"{path} is there already, and is no shard of ours: move it away")
+    connection.execute(
+        "INSERT INTO shard (shard_id, dsn, weight, state) VALUES (?, ?, ?, 'ADDING')",
+        (index, path.name, weight),
+    )
+    return index
+
+
+def require_room(count: int) -> None:
+    """Refuse a shard too many."""
+    if count >= SHARD_COUNT_MAX:
+        raise DatabaseRefused(f"there are {count} shards, and there may be no more")
+
+
+def require_schema(found: int, ours: int, service: str) -> None:
+    """Refuse to add a shard of another schema than the others have."""
+    if found != ours:
+        raise DatabaseRefused(
+            f"the shards of {service} have {found} migrations and this release has {ours}: run "
+            f"'python -m services migrate {service}' of the newer release first"
+        )
+
+
+def _load_all(service: str, migrations: Path) -> list[Migration]:
+    framework = load_migrations(FRAMEWORK_MIGRATIONS, area="framework")
+    return framework + load_migrations(migrations, area=service)
+
+
+def _schema_version(folder: Path) -> int:
+    with sqlite_file(path_of(folder, 0), is_checked=True) as connection:
+        version: int = connection.execute("SELECT schema_version FROM tenfold_shard").fetchone()[0]
+        return version
+
+
+def path_of(folder: Path, index: int) -> Path:
+    """Where a shard is."""
+    return folder.absolute() / f"shard-{index}.sqlite"
+
+
+def _count_shards(plan: Plan) -> int:
+    """All that Control knows: those that were added are not in the setting."""
+    with sqlite_file(plan.folder / "control.sqlite", is_checked=True) as connection:
+        count: int = connection.execute("SELECT count(*) FROM shard").fetchone()[0]
+        return count
 
 
 def _control(plan: Plan) -> BucketMap:
@@ -115,11 +197,6 @@ def _plan_buckets(connection: sqlite3.Connection, plan: Plan) -> BucketMap:
             list(enumerate(hint.shard_indexes)),
         )
     known = [row[0] for row in connection.execute("SELECT shard_id FROM shard ORDER BY shard_id")]
-    if len(known) > plan.shard_count:
-        raise DatabaseRefused(
-            f"{plan.folder} has {len(known)} shards and {plan.shard_count} were asked for: "
-            f"ask for {len(known)} or more"
-        )
     for index in range(len(known), plan.shard_count):
         connection.execute(
             "INSERT INTO shard (shard_id, dsn, weight, state) VALUES (?, ?, 1, 'NEW')",
@@ -162,7 +239,7 @@ def _migrate_all(paths: list[Path], migrations: list[Migration]) -> None:
 
 def _mark_made(plan: Plan) -> None:
     with sqlite_file(plan.folder / "control.sqlite", is_checked=True) as connection:
-        connection.execute("UPDATE shard SET state = 'ACTIVE' WHERE state = 'NEW'")
+        connection.execute("UPDATE shard SET state = 'ACTIVE' WHERE state <> 'ACTIVE'")
 
 
 def _add_arriving(plan: Plan, owned: dict[int, list[int]]) -> None:
@@ -174,7 +251,7 @@ def _add_arriving(plan: Plan, owned: dict[int, list[int]]) -> None:
 
 
 def _claim_buckets(
-    path: Path, index: int, hint: BucketMap, migrations: list[Migration]
+    path: Path, index: int, planned: Collection[int], migrations: list[Migration]
 ) -> list[int]:
     """Say in a new shard which it is and what it owns; in an old one, read what it owns."""
     with sqlite_file(path, is_checked=True) as connection:
@@ -188,7 +265,7 @@ def _claim_buckets(
             )
             connection.executemany(
                 "INSERT INTO tenfold_bucket (bucket, state, epoch) VALUES (?, 'ACTIVE', 1)",
-                [(bucket,) for bucket in hint.buckets_of(index)],
+                [(bucket,) for bucket in planned],
             )
         elif row[0] != index:
             raise DatabaseRefused(f"{path} is shard {row[0]}: files were swapped or renamed")

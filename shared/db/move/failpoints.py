@@ -16,6 +16,8 @@ FAILPOINTS = (
     *("drain.read", "drain.apply", "drain.ack", "verify2", "commit", "src_moved", "dst_active"),
     *("done", "gc", "abort", "abort.dst", "abort.src", "aborted", "takeover"),
 )
+ADDING_FAILPOINTS = ("add.recorded", "add.made", "add.active")
+"""While a shard is added: Control has it, its tables are there, it is in use."""
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
@@ -28,10 +30,10 @@ def armed(setting: str) -> Callable[[str], None]:
     if not setting:
         return _pass
     name, _, how = setting.partition(":")
-    if name not in FAILPOINTS or how not in _SIGNALS:
+    if name not in FAILPOINTS + ADDING_FAILPOINTS or how not in _SIGNALS:
         raise ValueError(
             f"{FAILPOINT_VARIABLE} is {setting!r}: it must be NAME:kill or NAME:stop, with NAME "
-            f"one of {', '.join(FAILPOINTS)}"
+            f"one of {', '.join(FAILPOINTS + ADDING_FAILPOINTS)}"
         )
     waiting = [name]
 

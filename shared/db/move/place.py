@@ -1,6 +1,6 @@
 """Where a service's shards are, for who moves its buckets; each engine says how to open them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Protocol
 
@@ -24,6 +24,14 @@ class Place(Protocol):
         Raises:
             DatabaseRefused: from the block, if it cannot be opened; named.
             MoveRefused: from the block, if its tables cannot be moved.
+        """
+        ...
+
+    async def sizes(self, index: int) -> Mapping[int, int]:
+        """About how many bytes of rows each bucket has on a shard, whoever owns it; estimated.
+
+        Raises:
+            DatabaseRefused: it cannot be read; named.
         """
         ...
 

@@ -115,6 +115,25 @@ class Batch:
     left: int
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A shard as Control has it.
+
+    Attributes:
+        weight: how much of the load it shall carry, relative to the others; 0 for none.
+        state: ACTIVE; ADDING or NEW as long as it has not got its tables.
+    """
+
+    index: int
+    weight: int
+    state: str
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it may be used."""
+        return self.state == "ACTIVE"
+
+
 class Control(Protocol):
     """The small database that holds the map, and each move's one decision."""
 
@@ -164,6 +183,22 @@ class Control(Protocol):
 
     async def read_map(self) -> BucketMap:
         """Where buckets were when the last move was done; a hint."""
+        ...
+
+    async def list_shards(self) -> Sequence[Recorded]:
+        """Every shard, by index."""
+        ...
+
+    async def weigh(self, index: int, weight: int) -> bool:
+        """Set a shard's weight; False if there is no such shard."""
+        ...
+
+    async def add_busy(self, busy_us: Mapping[int, int], now_us: int) -> None:
+        """Add statement time by bucket; see shared/db/load.py."""
+        ...
+
+    async def read_busy(self, now_us: int) -> Mapping[int, float]:
+        """Statement time by bucket, as much as it counts now, in microseconds."""
         ...
 
 

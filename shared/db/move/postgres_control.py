@@ -1,7 +1,7 @@
 """Control of a service on Postgres: the schema tenfold_control of its first shard."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 from uuid import UUID
@@ -10,7 +10,8 @@ import asyncpg
 
 from shared.db.errors import DatabaseRefused
 from shared.db.limits import CLOSE_S_MAX
-from shared.db.move.port import Move, MoveFailed
+from shared.db.load import HALF_LIFE_S, faded
+from shared.db.move.port import Move, MoveFailed, Recorded
 from shared.db.move.protocol import NOBODY, Decision, Phase, Token
 from shared.db.move.sqlite_control import just_ended, map_of_rows, refused
 from shared.db.postgres_connection import ERRORS, Server
@@ -50,6 +51,20 @@ UPDATE tenfold_control.bucket_move SET counter = $2, mover = $3, lease_until_us 
 WHERE move_id = $1 AND counter < $2 AND lease_until_us <= $5 AND {_OPEN}
 """  # noqa: S608
 _POINT = "UPDATE tenfold_control.bucket_map SET shard_id = $2, epoch = $3 WHERE bucket = $1"
+
+_SHARDS = "SELECT shard_id, weight, state FROM tenfold_control.shard ORDER BY shard_id"
+_WEIGH = "UPDATE tenfold_control.shard SET weight = $2 WHERE shard_id = $1"
+
+# Processes add at the same moment: in the order of buckets, none waits for one that waits for it.
+_ADD_BUSY = f"""
+INSERT INTO tenfold_control.bucket_busy AS known (bucket, busy_us, at_us)
+SELECT bucket, busy_us, $3::bigint FROM unnest($1::smallint[], $2::bigint[])
+    AS told (bucket, busy_us) ORDER BY bucket
+ON CONFLICT (bucket) DO UPDATE SET at_us = greatest(known.at_us, excluded.at_us),
+    busy_us = excluded.busy_us + known.busy_us
+        * power(0.5, greatest(excluded.at_us - known.at_us, 0) / {HALF_LIFE_S * 1e6}::float8)
+"""  # noqa: S608
+_SELECT_BUSY = "SELECT bucket, busy_us, at_us FROM tenfold_control.bucket_busy"
 
 
 class PostgresControl:
@@ -138,6 +153,25 @@ class PostgresControl:
         sql = "SELECT shard_id, epoch FROM tenfold_control.bucket_map ORDER BY bucket"
         rows = await self._run(lambda raw: raw.fetch(sql))
         return map_of_rows([(row["shard_id"], row["epoch"]) for row in rows])
+
+    async def list_shards(self) -> Sequence[Recorded]:
+        """See Control.list_shards."""
+        rows = await self._run(lambda raw: raw.fetch(_SHARDS))
+        return [Recorded(row["shard_id"], row["weight"], row["state"]) for row in rows]
+
+    async def weigh(self, index: int, weight: int) -> bool:
+        """See Control.weigh."""
+        return await self._run(lambda raw: _changed(raw, _WEIGH, index, weight))
+
+    async def add_busy(self, busy_us: Mapping[int, int], now_us: int) -> None:
+        """See Control.add_busy."""
+        columns = (list(busy_us), list(busy_us.values()))
+        await self._run(lambda raw: raw.execute(_ADD_BUSY, *columns, now_us))
+
+    async def read_busy(self, now_us: int) -> Mapping[int, float]:
+        """See Control.read_busy."""
+        rows = await self._run(lambda raw: raw.fetch(_SELECT_BUSY))
+        return {row["bucket"]: faded(row["busy_us"], now_us - row["at_us"]) for row in rows}
 
     async def _moves(self, sql: str) -> list[Move]:
         rows = await self._run(lambda raw: raw.fetch(sql))

@@ -1,14 +1,14 @@
 """A service's Postgres databases, as a Place."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from shared.db.errors import DatabaseRefused
 from shared.db.move.postgres_control import PostgresControl
 from shared.db.move.postgres_side import PostgresSide
-from shared.db.move.postgres_survey import survey_server
+from shared.db.move.postgres_survey import measure_server, survey_server
 from shared.db.move.survey import Survey
 from shared.db.postgres_connection import Server
 
@@ -43,6 +43,10 @@ class PostgresPlace:
             server, index, bucket, imports=self.imports, is_gatekeeper=self.is_gatekeeper
         ) as side:
             yield side
+
+    async def sizes(self, index: int) -> Mapping[int, int]:
+        """See Place.sizes."""
+        return await measure_server(self.servers[index])
 
     async def survey(self) -> Sequence[Survey]:
         """See Place.survey."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +10,8 @@ from uuid import UUID
 
 from shared.db.errors import DatabaseRefused
 from shared.db.ids import BUCKET_COUNT
-from shared.db.move.port import Move, MoveFailed, MoveRefused
+from shared.db.load import faded
+from shared.db.move.port import Move, MoveFailed, MoveRefused, Recorded
 from shared.db.move.protocol import CLOSED, NOBODY, Decision, Phase, Token
 from shared.db.shards import BucketMap
 
@@ -30,6 +31,13 @@ CREATE UNIQUE INDEX IF NOT EXISTS bucket_move_of_source ON bucket_move (src)
 _COLUMNS = "move_id, bucket, src, dst, phase, counter, mover, lease_until_us, facts, reason"
 _OPEN = "phase NOT IN ('DONE', 'ABORTED')"
 _MINE = "move_id = ? AND counter = ? AND mover = ?"
+
+_BUSY_TABLE = """
+CREATE TABLE IF NOT EXISTS bucket_busy (
+    bucket smallint PRIMARY KEY, busy_us double precision NOT NULL, at_us bigint NOT NULL)
+"""
+_SELECT_BUSY = "SELECT bucket, busy_us, at_us FROM bucket_busy"
+_SET_BUSY = "INSERT OR REPLACE INTO bucket_busy (bucket, busy_us, at_us) VALUES (?, ?, ?)"
 
 
 class SqliteControl:
@@ -124,6 +132,41 @@ class SqliteControl:
         rows = await self._run(lambda control: control.execute(sql).fetchall(), is_write=False)
         return map_of_rows(rows)
 
+    async def list_shards(self) -> Sequence[Recorded]:
+        """See Control.list_shards."""
+        sql = "SELECT shard_id, weight, state FROM shard ORDER BY shard_id"
+        rows = await self._run(lambda control: control.execute(sql).fetchall(), is_write=False)
+        return [Recorded(*row) for row in rows]
+
+    async def weigh(self, index: int, weight: int) -> bool:
+        """See Control.weigh."""
+        sql = "UPDATE shard SET weight = ? WHERE shard_id = ?"
+        return await self._run(lambda control: control.execute(sql, (weight, index)).rowcount == 1)
+
+    async def add_busy(self, busy_us: Mapping[int, int], now_us: int) -> None:
+        """See Control.add_busy."""
+
+        def add(control: sqlite3.Connection) -> None:
+            control.execute(_BUSY_TABLE)
+            before = _faded_rows(control.execute(_SELECT_BUSY).fetchall(), now_us)
+            control.executemany(
+                _SET_BUSY,
+                [(bucket, before.get(bucket, 0) + us, now_us) for bucket, us in busy_us.items()],
+            )
+
+        await self._run(add)
+
+    async def read_busy(self, now_us: int) -> Mapping[int, float]:
+        """See Control.read_busy."""
+
+        def read(control: sqlite3.Connection) -> Mapping[int, float]:
+            is_there = control.execute("SELECT 1 FROM sqlite_master WHERE name = 'bucket_busy'")
+            if is_there.fetchone() is None:
+                return {}
+            return _faded_rows(control.execute(_SELECT_BUSY).fetchall(), now_us)
+
+        return await self._run(read, is_write=False)
+
     async def _run(self, work: Callable[[sqlite3.Connection], T], *, is_write: bool = True) -> T:
         """One transaction on a connection of its own: the lease is renewed beside the work."""
 
@@ -135,6 +178,10 @@ class SqliteControl:
                 raise MoveFailed(f"{self._path.name} cannot be used now: {error}") from error
 
         return await asyncio.to_thread(run)
+
+
+def _faded_rows(rows: Sequence[tuple[int, float, int]], now_us: int) -> dict[int, float]:
+    return {bucket: faded(busy_us, now_us - at_us) for bucket, busy_us, at_us in rows}
 
 
 def map_of_rows(rows: Sequence[tuple[int, int]]) -> BucketMap:

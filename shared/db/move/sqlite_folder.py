@@ -1,7 +1,7 @@
 """A service's folder of SQLite files, as a Place."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 from shared.db.errors import DatabaseRefused
 from shared.db.move.sqlite_control import SqliteControl
 from shared.db.move.sqlite_side import SqliteSide
-from shared.db.move.sqlite_survey import survey_folder
+from shared.db.move.sqlite_survey import measure_file, survey_folder
 from shared.db.move.survey import Survey
 
 
@@ -33,6 +33,10 @@ class SqliteFolder:
         """See Place.side."""
         with SqliteSide.opened(self._shard_path(index), index, bucket) as side:
             yield side
+
+    async def sizes(self, index: int) -> Mapping[int, int]:
+        """See Place.sizes."""
+        return await asyncio.to_thread(measure_file, self._shard_path(index))
 
     async def survey(self) -> Sequence[Survey]:
         """See Place.survey."""

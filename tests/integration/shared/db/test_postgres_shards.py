@@ -126,7 +126,7 @@ async def test_many_processes_that_start_at_once_make_the_shards_once(place):
 
 async def test_who_waits_for_the_plan_hears_of_what_was_made_meanwhile(place):
     planner = await asyncpg.connect(place.name.split(",")[0])
-    await planner.execute(f"SELECT pg_advisory_lock({postgres_shards._PLANNING})")
+    await planner.execute(f"SELECT pg_advisory_lock({postgres_shards.PLANNING})")
     opening = asyncio.create_task(open_once(place))
     waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
     async with asyncio.timeout(30):
