@@ -72,7 +72,8 @@ def add(
     reached with the user, password and parameters of the first shard; several hosts are separated
     by commas. It owns nothing yet: 'rebalance' or 'move' gives it buckets.
 
-    Killed at any point, the same command finishes it; a shard that is one already is left alone.
+    Killed at any point, the same command finishes it; a database that is a shard already is left
+    alone. On SQLite, where a shard has no name, see first whether 'list' shows it.
     """  # noqa: D301 - \b keeps the lines of the example
     with opened_place(service, data) as place:
         adding = _added(place, service, dsn, weight)

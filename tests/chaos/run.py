@@ -1,6 +1,6 @@
 """The long fault runs: stories told to a mesh whose processes are killed, hostile input, requests
 made from the OpenAPI document that nobody thought of, more load than can be served, replicas that
-lag, and movers of buckets that die on the way.
+lag, and movers of buckets, and commands that add shards, that die on the way.
 
     python tests/chaos/run.py --kills 30 --seed 7
 
@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deploy.local.address import free_addresses
-from tests.chaos import documented, lagging, moving, overloaded, restoring
+from tests.chaos import documented, growing, lagging, moving, overloaded, restoring
 from tests.fuzz.run import TARGETS, fuzz, is_installed
 from tests.kills import kill_at_random, told_to, violations
 from tests.mesh import running_mesh
@@ -77,6 +77,7 @@ def main() -> int:
     rows += overloaded.run(seconds=arguments.overload_s) if arguments.overload_s else []
     rows += lagging.run(reads=arguments.reads) if arguments.reads else []
     rows += [moving.run(rounds=arguments.move_rounds)] if arguments.move_rounds else []
+    rows += [growing.run()] if arguments.move_rounds else []
     rows += (
         [restoring.run(rounds=arguments.backups, seed=arguments.seed)] if arguments.backups else []
     )

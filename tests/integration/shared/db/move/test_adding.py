@@ -21,6 +21,7 @@ from shared.db.postgres_adding import Addition, add_shard
 from shared.db.postgres_recorded import all_servers
 from shared.db.postgres_shards import parse_servers
 from shared.db.scatter import scatter
+from tests.integration.shared.db.move.arena import made_databases
 from tests.integration.shared.db.move.grounds import (
     ADD_ONE,
     BUCKET,
@@ -189,15 +190,21 @@ BAD_PLACES = {
 }
 
 
+@pytest.fixture(scope="module")
+async def served(postgres_server) -> AsyncIterator[Databases]:
+    async with made_databases(postgres_server) as made:
+        async with made.open():
+            pass
+        yield made
+
+
 @pytest.mark.parametrize(("place", "said"), BAD_PLACES.values(), ids=BAD_PLACES)
-async def test_a_place_that_cannot_be_a_shard_is_refused_and_changes_nothing(
-    databases, shards_there, place, said
-):
-    server = public(databases.operator[0]).rpartition("/")[0]
+async def test_a_place_that_cannot_be_a_shard_is_refused_and_changes_nothing(served, place, said):
+    server = public(served.operator[0]).rpartition("/")[0]
     with pytest.raises(DatabaseRefused, match=said) as refused:
-        await add_shard(databases.servers, addition(place.format(server=server)))
+        await add_shard(served.servers, addition(place.format(server=server)))
     assert "hidden" not in str(refused.value)
-    assert await databases.rows(0, "SELECT count(*) FROM tenfold_control.shard") == [(2,)]
+    assert await served.rows(0, "SELECT count(*) FROM tenfold_control.shard") == [(2,)]
 
 
 OTHERS = {
