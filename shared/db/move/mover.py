@@ -47,6 +47,8 @@ T = TypeVar("T")
 ABORT_S_MAX = 5.0
 FORWARD_PAUSE_S = 0.2
 STANDBY_TRIES_MAX, STANDBY_PAUSE_S = 20, 0.1
+# Busy servers are calmer a moment later more often than not.
+SLOW_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Pace:
         marks_max: written keys that are carried over in one.
         backlog_max, pass_s_max: a shorter pass over a smaller backlog may be fenced.
         passes_max: that do not shrink the backlog before the move gives up.
+        slow_passes_max: over a smaller backlog that last longer, before it does so.
         fence_s: how long a fenced bucket may still be read.
         marks_kept_max, marks_kept_s_max: written keys that may wait, and for how long the first
             of them; they take room on the source's disk.
@@ -75,6 +78,7 @@ class Pace:
     backlog_max: int = 200
     pass_s_max: float = 0.1
     passes_max: int = 5
+    slow_passes_max: int = 100
     fence_s: float = 5.0
     marks_kept_max: int = 1_000_000
     marks_kept_s_max: float = 3600.0
@@ -406,13 +410,17 @@ class Mover:
         await self._precheck()
 
     async def _catch_up(self) -> None:
-        smallest, idle_passes = float("inf"), 0
+        smallest, idle_passes, slow_passes = float("inf"), 0, 0
         while True:
             begun_s = time.monotonic()
             batch = await self._carry("catch")
             took_s = time.monotonic() - begun_s
-            if batch.left < self._pace.backlog_max and took_s < self._pace.pass_s_max:
-                return
+            if batch.left < self._pace.backlog_max:
+                if took_s < self._pace.pass_s_max:
+                    return
+                slow_passes += 1
+                await self._wait_for_calm(slow_passes, took_s)
+                continue
             idle_passes = 0 if batch.left < smallest else idle_passes + 1
             smallest = min(smallest, batch.left)
             if idle_passes >= self._pace.passes_max:
@@ -420,6 +428,16 @@ class Mover:
                     f"bucket {self.move.bucket} is written faster than it can be carried over: "
                     f"{batch.left} keys are left and a pass took {took_s * 1000:.0f} ms"
                 )
+
+    async def _wait_for_calm(self, slow_passes: int, took_s: float) -> None:
+        """A pass over few keys was slow: the servers are busy, and a fence now would last."""
+        if slow_passes >= self._pace.slow_passes_max:
+            raise MoveFailed(
+                f"bucket {self.move.bucket} would keep its writers waiting: shards "
+                f"{self.move.src} and {self.move.dst} are so busy that a pass over a few keys took "
+                f"{took_s * 1000:.0f} ms; try again when they are calmer"
+            )
+        await asyncio.sleep(SLOW_PAUSE_S)
 
     async def _carry(self, prefix: str) -> Batch:
         """One pass: read marks and rows in one snapshot, write them, delete those marks."""

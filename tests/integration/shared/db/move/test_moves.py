@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -9,6 +10,7 @@ import pytest
 
 from shared.db import todo
 from shared.db.ids import new_id
+from shared.db.move.mover import Tools
 from shared.db.move.place import move_bucket, settle_move
 from shared.db.move.port import MoveFailed, MoveLost, MoveRefused
 from shared.db.move.protocol import Phase
@@ -18,6 +20,7 @@ from tests.integration.shared.db.move.grounds import (
     ADD_ONE,
     BUCKET,
     NEIGHBOUR,
+    PACE,
     add_counter,
     add_counters,
     add_note,
@@ -252,3 +255,25 @@ async def test_what_cannot_move_is_refused_and_nothing_changes(place, shards):
     with pytest.raises(MoveRefused, match="log has no key"):
         await move_bucket(folder, NEIGHBOUR, 1, tools())
     assert place.states(NEIGHBOUR) == ["ACTIVE", "ABSENT"]
+
+
+async def test_a_move_waits_for_calm_where_a_pass_over_a_few_keys_is_slow(place, shards):
+    """A busy machine is no reason to give up: what is left does not grow by it."""
+    await add_counters(shards, 3)
+    slow = ["catch.read"] * 7
+
+    def visit(step: str) -> None:
+        if step in slow:
+            slow.remove(step)
+            time.sleep(0.06)
+
+    patient = Tools(pace=replace(PACE, pass_s_max=0.05, passes_max=2), visit=visit)
+    assert await move_bucket(place.folder, BUCKET, 1, patient) is Phase.DONE
+
+
+async def test_a_bucket_is_not_fenced_on_shards_that_stay_busy(place, shards):
+    await add_counters(shards, 3)
+    never_swift = Tools(pace=replace(PACE, pass_s_max=0.0, slow_passes_max=2))
+    with pytest.raises(MoveFailed, match="shards 0 and 1 are so busy"):
+        await move_bucket(place.folder, BUCKET, 1, never_swift)
+    assert place.states() == ["ACTIVE", "ABORTED"]
