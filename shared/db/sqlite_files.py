@@ -25,6 +25,7 @@ from shared.db.sql import OWNED_STATES
 from shared.db.sqlite_connection import Schema, read_schema
 
 Visit = Callable[[str], None]
+SQLITE_MIN = (3, 35)
 _CONTROL_TABLES = """
 CREATE TABLE IF NOT EXISTS shard (
     shard_id bigint PRIMARY KEY, dsn text NOT NULL, weight bigint NOT NULL, state text NOT NULL);
@@ -67,6 +68,11 @@ def prepare(plan: Plan) -> Prepared:
     Raises:
         DatabaseRefused: a sentence for the operator says what is wrong and what to do.
     """
+    if sqlite3.sqlite_version_info < SQLITE_MIN:
+        raise DatabaseRefused(
+            f"this Python has SQLite {sqlite3.sqlite_version}, and RETURNING needs 3.35: use a "
+            "newer Python"
+        )
     migrations = load_migrations(FRAMEWORK_MIGRATIONS, area="framework")
     framework_count = len(migrations)
     migrations += load_migrations(plan.migrations, area=plan.service)

@@ -73,6 +73,14 @@ async def test_a_folder_written_by_a_newer_version_is_refused(open_folder, migra
             pass
 
 
+async def test_a_sqlite_that_is_too_old_is_refused(open_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    with pytest.raises(DatabaseRefused, match=r"RETURNING needs 3\.35"):
+        async with open_folder():
+            pass
+    assert not (tmp_path / "data").exists()
+
+
 async def test_numbers_with_a_gap_are_refused(open_folder, migrations):
     (migrations / "0003_colour.sql").write_text(SECOND)
     with pytest.raises(MigrationRefused, match="where number 0002 belongs"):
