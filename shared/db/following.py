@@ -42,6 +42,13 @@ class Following:
         await asyncio.sleep(FOLLOW_PAUSE_S * random.uniform(0.5, 1.5))  # noqa: S311 - jitter
 
 
+class BucketsParted(Unavailable):
+    """Buckets that a transaction needs together were on one shard by the map, and are not."""
+
+    def __init__(self) -> None:
+        super().__init__("data of this call has moved apart; try again", retry_after_s=0.0)
+
+
 def moving(bucket: int) -> Unavailable:
     """What a caller is told of a bucket that is on its way."""
     return Unavailable(

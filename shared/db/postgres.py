@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
+    AsyncExitStack,
     asynccontextmanager,
     nullcontext,
     suppress,
@@ -37,7 +38,7 @@ from shared.db import once as once_rules
 from shared.db.causal_reader import CausalReader
 from shared.db.crash_points import AFTER_COMMIT, BEFORE_COMMIT, CLAIMED_NOT_EFFECTED
 from shared.db.errors import BucketElsewhere, DatabaseRefused
-from shared.db.following import Following
+from shared.db.following import BucketsParted, Following
 from shared.db.growing import Growth, run_learning
 from shared.db.ids import bucket_of, new_id
 from shared.db.limits import RETRY_AFTER_S, bounded
@@ -512,14 +513,10 @@ class PostgresBucket:
     async def _once(self, once: Once, also: Collection[int]) -> AsyncIterator[Transaction]:
         self.require_one_shard(also)
         home = once_rules.home_bucket(once, self.shards.secret)
-        is_joined = self.shards.shard_of(home) is self.shards.shard_of(self.number)
-        if not is_joined:
-            await self._claim(once, home)
-            CLAIMED_NOT_EFFECTED.visit()
-        joined = {*also, home} if is_joined else also
         refusal: FailedPrecondition | None = None
         try:
-            async with self._remembering(once, home, is_joined, joined) as tx:
+            async with AsyncExitStack() as stack:
+                tx, is_joined = await self._begin(stack, once, home, also)
                 try:
                     yield tx
                 except FailedPrecondition as error:
@@ -529,14 +526,30 @@ class PostgresBucket:
             if error is not refusal:
                 raise
         if refusal is not None:
-            await self._remember_refusal(refusal, once, home, is_joined, joined)
+            await self._remember_refusal(refusal, once, home, is_joined, also)
             raise refusal
+
+    async def _begin(
+        self, stack: AsyncExitStack, once: Once, home: int, also: Collection[int]
+    ) -> tuple[PostgresTransaction, bool]:
+        """Claim the key where its home is elsewhere; the map may be old, and say so too late."""
+        while True:
+            is_joined = self.shards.shard_of(home) is self.shards.shard_of(self.number)
+            if not is_joined:
+                await self._claim(once, home)
+                CLAIMED_NOT_EFFECTED.visit()
+            try:
+                remembering = self._remembering(once, home, is_joined, also)
+                return await stack.enter_async_context(remembering), is_joined
+            except BucketsParted:
+                if not is_joined:
+                    raise
 
     @asynccontextmanager
     async def _remembering(
         self, once: Once, home: int, is_joined: bool, also: Collection[int]
     ) -> AsyncIterator[PostgresTransaction]:
-        async with BucketTurn(self, also, once) as tx:
+        async with BucketTurn(self, {*also, home} if is_joined else also, once) as tx:
             memory = once_rules.Memory(tx, once, home, is_joined, self._now_us())
             await memory.recall()
             tx.memory = memory
@@ -553,7 +566,7 @@ class PostgresBucket:
         also: Collection[int],
     ) -> None:
         """In a transaction of its own: the first has undone all, what it began included."""
-        async with BucketTurn(self, also, once) as tx:
+        async with BucketTurn(self, {*also, home} if is_joined else also, once) as tx:
             memory = once_rules.Memory(tx, once, home, is_joined, self._now_us())
             await memory.recall()
             if memory.answered:
@@ -568,9 +581,13 @@ class PostgresBucket:
 
     def require_one_shard(self, also: Collection[int]) -> None:
         """Refuse buckets that live elsewhere: a ValueError."""
-        for bucket in also:
-            if self.shards.shard_of(bucket) is not self.shards.shard_of(self.number):
-                raise ValueError(f"buckets {self.number} and {bucket} are on different shards")
+        for bucket in self.parted(also):
+            raise ValueError(f"buckets {self.number} and {bucket} are on different shards")
+
+    def parted(self, also: Collection[int]) -> Collection[int]:
+        """Those of these buckets that live on other shards than this one."""
+        own = self.shards.shard_of(self.number)
+        return [bucket for bucket in also if self.shards.shard_of(bucket) is not own]
 
     def _now_us(self) -> int:
         return self.shards.shard_of(self.number).now_us()
@@ -610,6 +627,8 @@ class BucketTurn:
             except BucketElsewhere as elsewhere:
                 if bucket.shards.shard_of(bucket.number) is shard:  # else another call has found it
                     await following.step(elsewhere)
+                if bucket.parted(self._also):
+                    raise BucketsParted from elsewhere
             except Aborted as error:
                 if self._key is None:
                     raise

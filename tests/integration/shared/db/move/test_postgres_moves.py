@@ -11,18 +11,22 @@ from uuid import UUID
 
 import pytest
 
+from shared.db.ids import BUCKET_COUNT
 from shared.db.move.place import move_bucket, settle_left, settle_move
 from shared.db.move.port import MoveFailed, MoveLost, MoveRefused
 from shared.db.move.postgres_place import PostgresPlace
 from shared.db.move.protocol import Phase
-from shared.db.port import OutboxRow, Shards
+from shared.db.once import home_bucket
+from shared.db.port import Once, OutboxRow, Shards
 from shared.db.postgres_shards import parse_servers
 from shared.errors import TenfoldError
+from shared.identity import Principal, PrincipalKind
 from tests.fakes import ManualClock
 from tests.integration.shared.db.move.arena import ROOT
 from tests.integration.shared.db.move.grounds import (
     ADD_ONE,
     BUCKET,
+    SECRET,
     add_counter,
     add_counters,
     add_note,
@@ -75,6 +79,26 @@ async def test_what_is_written_on_the_way_arrives_and_a_signpost_stays(databases
         await tx.append_outbox(OutboxRow("t.Made", "counters/1", b"x", "default"))
     numbers = await databases.rows(1, "SELECT event_no FROM outbox ORDER BY seq")
     assert [number for (number,) in numbers] == list(range(1, 22))
+
+
+async def test_a_key_whose_home_has_stayed_behind_is_claimed_there_at_once(databases, shards):
+    [counter_id] = await add_counters(shards, 1)
+    once = key_at_home_on_shard_0()
+    together = shards.bucket_map
+    await move_bucket(databases.place, BUCKET, 1, tools())
+    shards.bucket_map = together  # as in a process that has not heard of it
+    for _ in range(2):
+        async with shards.bucket(BUCKET).transaction(once) as tx:
+            if not tx.answered:
+                assert await tx.execute(ADD_ONE, BUCKET, counter_id) == 1
+    assert databases.read(1, "SELECT value FROM counter") == [(1,)]
+
+
+def key_at_home_on_shard_0() -> Once:
+    """Of a service: its keys' homes are anywhere."""
+    service = Principal(PrincipalKind.SERVICE, "svc", "default")
+    keys = (Once(service, "/count", f"key-{number}", b"x" * 32) for number in range(64))
+    return next(key for key in keys if home_bucket(key, SECRET) < BUCKET_COUNT // 2)
 
 
 async def test_writers_lose_nothing_while_their_bucket_goes_there_and_back(databases, shards):
