@@ -259,8 +259,7 @@ class _Done:
             asyncio.run(move_bucket(place, step.bucket, step.dst, tools))
         except KeyboardInterrupt:
             raise LaunchError(
-                f"You stopped it: {self.moved_count} of {self.steps_total} buckets have moved, "
-                f"bucket {step.bucket} is where it was."
+                f"You stopped it: {self.moved_count} of {self.steps_total} buckets have moved."
             ) from None
         except (MoveRefused, MoveFailed, MoveLost) as error:
             self.failed_count += 1
