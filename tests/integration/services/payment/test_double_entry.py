@@ -4,7 +4,7 @@ from uuid import UUID
 
 import pytest
 
-from services.payment.lane import Lanes
+from services.payment.lane import open_lanes
 from services.payment.store import SqlLedgerStore
 from shared.db.errors import DatabaseDamaged
 from shared.db.ids import new_id
@@ -190,12 +190,13 @@ async def test_a_sealed_transaction_takes_no_more_entries(books):
     ],
 )
 async def test_a_ledger_that_does_not_add_up_is_not_served(books, clock, sql):
-    store = SqlLedgerStore(books.shards, Lanes(books.shards, clock), secret=SECRET)
-    await store.verify(entries_max=1_000)
-    await books.place.run_unguarded(0, sql)
-    with pytest.raises(DatabaseDamaged, match="does not add up"):
+    async with open_lanes(books.shards, clock) as lanes:
+        store = SqlLedgerStore(books.shards, lanes, secret=SECRET)
         await store.verify(entries_max=1_000)
-    await store.verify(entries_max=1)  # too many to add up at start
+        await books.place.run_unguarded(0, sql)
+        with pytest.raises(DatabaseDamaged, match="does not add up"):
+            await store.verify(entries_max=1_000)
+        await store.verify(entries_max=1)  # too many to add up at start
 
 
 async def test_books_are_the_same_after_opening_again(place, clock):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from services.payment.domain import Owner, OwnerKind
-from services.payment.lane import Lanes
+from services.payment.lane import open_lanes
 from services.payment.store import Caller, SqlLedgerStore
 from services.payment.wiring import MIGRATIONS
 from shared.db.ids import bucket_of, new_id
@@ -50,8 +50,9 @@ async def test_old_accounts_keep_their_sums_and_old_transactions_their_entries(
                 await tx.execute(ENTRY, *values, 40 + number)
             await tx.execute(SEAL.replace("'old'", f"'old {number}'"), 9, made, owner)
     contents = replace(place.contents, migrations=MIGRATIONS)
-    async with replace(place, contents=contents).open(clock=clock) as shards:
-        store = SqlLedgerStore(shards, Lanes(shards, clock), secret=SECRET)
+    newer = replace(place, contents=contents)
+    async with newer.open(clock=clock) as shards, open_lanes(shards, clock) as lanes:
+        store = SqlLedgerStore(shards, lanes, secret=SECRET)
         await store.verify(entries_max=100)
         caller = Caller("default", Owner(OwnerKind.USER, owner), is_operator=False)
         account = await store.get_account(user, caller)
