@@ -84,7 +84,7 @@ class Pace:
     marks_kept_s_max: float = 3600.0
     unsent_max: int = 10_000
     grace_s: float = 2.0
-    rest_share: float = 1.0
+    rest_share: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -699,7 +699,7 @@ class Mover:
             await self._rest(begun_s)
 
     async def _rest(self, begun_s: float) -> None:
-        """Leave both servers to others, for as long as a page took them."""
+        """Leave both servers to others, for a multiple of what a page took them."""
         await asyncio.sleep((time.monotonic() - begun_s) * self._pace.rest_share)
 
     def _visit(self, name: str) -> None:
