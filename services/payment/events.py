@@ -86,11 +86,11 @@ def encode_opened(account: Account) -> OutboxRow:
     )
 
 
-def payload_of_record(record: Record) -> bytes:
-    """TransactionPosted, of the transaction's aggregate."""
+def payload_of_record(record: Record, name: str) -> bytes:
+    """TransactionPosted, of the transaction of that name."""
     seconds, microseconds = divmod(record.recorded_at_us, 1_000_000)
     message = TransactionPosted(
-        transaction=f"transactions/{record.order_id}",
+        transaction=name,
         reference=record.reference,
         description=record.description,
         recorded_time=Timestamp(seconds=seconds, nanos=microseconds * 1000),

@@ -5,14 +5,15 @@ checked for all rows of a statement at once; SQLite has no DML inside WITH, so i
 per table, entries before the transactions that seal them.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
+from typing import Any, Protocol
 from uuid import UUID
 
 import orjson
 
 from services.payment import events
-from services.payment.domain import Owner, OwnerKind
+from services.payment.domain import Owner, OwnerKind, transaction_name
 from services.payment.posting import JournalEntry, Outcome, Record, Result, Standing, State
 from shared.db.ids import bucket_of
 from shared.db.port import Bucket, Row, Transaction
@@ -26,6 +27,7 @@ LAST_ENTRY = """LEFT JOIN entry AS l ON l.bucket = a.bucket AND l.account_id = a
         WHERE n.bucket = a.bucket AND n.account_id = a.id)"""
 RECORD_COLUMNS = """t.id, t.tenant, t.owner, t.owner_kind, t.reference, t.description,
     t.recorded_at_us, t.state, t.result, t.fingerprint, t.entries, t.pending_id, t.expires_at_us"""
+_SUMS = ("posted_debit", "posted_credit", "pending_debit", "pending_credit", "account_sequence")
 _ANY = "/* any tenant: the batch compares it */"
 _ENTRY_NAMES = """bucket, tenant, owner, owner_kind, transaction_bucket, transaction_id, account_id,
     account_sequence, side, currency_code, minor_units, recorded_at_us, held_minor_units,
@@ -97,12 +99,19 @@ class PostgresJournal(_Journal):
 
     async def standings(self, tx: Transaction, ids: Sequence[UUID]) -> dict[UUID, Standing]:
         """See Journal.standings."""
-        rows = await tx.fetch_all(_STANDINGS_OF_POSTGRES, [bucket_of(id_) for id_ in ids], ids)
-        return {row["id"]: standing_of_row(row) for row in rows}
+        row = await tx.fetch_one(_STANDINGS_OF_POSTGRES, _numbers(map(bucket_of, ids)), _ids(ids))
+        assert row is not None
+        # One row of arrays: a thousand rows would be a thousand dictionaries.
+        found = zip(ids, *row.values(), strict=True)
+        return {
+            account_id: Standing(account_id, tenant, owner_of(kind, owner), *facts)
+            for account_id, tenant, kind, owner, *facts in found
+            if tenant is not None
+        }
 
     async def records(self, tx: Transaction, ids: Sequence[UUID]) -> dict[UUID, Record]:
         """See Journal.records."""
-        rows = await tx.fetch_all(_RECORDS_OF_POSTGRES, [bucket_of(id_) for id_ in ids], ids)
+        rows = await tx.fetch_all(_RECORDS_OF_POSTGRES, _numbers(map(bucket_of, ids)), _ids(ids))
         return {row["id"]: record_of_row(row) for row in rows}
 
     async def references(
@@ -123,25 +132,80 @@ class PostgresJournal(_Journal):
         ended = [(bucket_of(key), key, state) for key, state in outcome.ended.items()]
         await tx.execute(
             _WRITE_OF_POSTGRES,
-            *_columns(records, 17),
-            *_columns(entries, 18),
-            *_columns(told, 9),
-            *_columns(ended, 3),
+            *_columns(records, _RECORD_KINDS),
+            *_columns(entries, _ENTRY_KINDS),
+            *_columns(told, _EVENT_KINDS),
+            *_columns(ended, _ENDED_KINDS),
         )
         if told:
             tx.wake_relay()
 
 
-def _columns(rows: Sequence[tuple[object, ...]], count: int) -> list[list[object]]:
-    return [list(column) for column in zip(*rows, strict=True)] if rows else [[]] * count
+# Arrays of numbers and ids travel as Postgres writes them: the driver looks at each item of an
+# array several times before it encodes it, save at texts and bytes.
+_RECORD_KINDS = (
+    "smallint uuid text uuid smallint text text bigint bigint smallint smallint bytea uuid bigint "
+    "text uuid bigint"
+)
+_ENTRY_KINDS = (
+    "smallint text uuid smallint smallint uuid uuid bigint smallint text bigint bigint bigint "
+    "bigint bigint bigint bigint smallint"
+)
+_EVENT_KINDS = "smallint uuid text bigint text text bytea text bigint"
+_ENDED_KINDS = "smallint uuid smallint"
+_NATIVE_KINDS = frozenset({"text", "bytea"})
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], kinds: str) -> list[object]:
+    columns = zip(*rows, strict=True) if rows else ((),) * len(kinds.split())
+    return [_column(column, kind) for column, kind in zip(columns, kinds.split(), strict=True)]
+
+
+def _column(values: Sequence[Any], kind: str) -> object:
+    if kind in _NATIVE_KINDS:
+        return values
+    return _ids(values) if kind == "uuid" else _numbers(values)
+
+
+def _numbers(values: Iterable[int | None]) -> str:
+    return f"{{{','.join(['NULL' if value is None else str(value) for value in values])}}}"
+
+
+def _ids(values: Iterable[UUID | None]) -> str:
+    return f"{{{','.join(['NULL' if value is None else value.hex for value in values])}}}"
+
+
+def _unnest(first: int, kinds: str) -> str:
+    """The arguments of unnest, from $first on; see _column."""
+    return ", ".join(
+        f"${at}::{kind}[]" if kind in _NATIVE_KINDS else f"(${at}::text)::{kind}[]"
+        for at, kind in enumerate(kinds.split(), start=first)
+    )
 
 
 _STANDINGS_OF_POSTGRES = f"""
-SELECT {STANDING_COLUMNS} FROM unnest($1::smallint[], $2::uuid[]) AS q (bucket, id)
-JOIN account AS a ON a.bucket = q.bucket AND a.id = q.id {LAST_ENTRY} {_ANY}
+SELECT {
+    ", ".join(
+        f"array_agg({column} ORDER BY q.n) AS c{at}"
+        for at, column in enumerate(
+            (
+                "a.tenant",
+                "a.owner_kind",
+                "uuid_send(a.owner)",
+                "a.currency_code",
+                "a.normal_side",
+                "a.may_overdraw",
+                "a.state = 1",
+                *(f"coalesce(l.{name}, 0)" for name in _SUMS),
+            )
+        )
+    )
+}
+FROM unnest({_unnest(1, "smallint uuid")}) WITH ORDINALITY AS q (bucket, id, n)
+LEFT JOIN account AS a ON a.bucket = q.bucket AND a.id = q.id {LAST_ENTRY} {_ANY}
 """
 _RECORDS_OF_POSTGRES = f"""
-SELECT {RECORD_COLUMNS} FROM unnest($1::smallint[], $2::uuid[]) AS q (bucket, id)
+SELECT {RECORD_COLUMNS} FROM unnest({_unnest(1, "smallint uuid")}) AS q (bucket, id)
 JOIN ledger_transaction AS t ON t.bucket = q.bucket AND t.id = q.id {_ANY}
 """
 _REFERENCES_OF_POSTGRES = """
@@ -152,36 +216,17 @@ JOIN ledger_transaction AS t ON t.tenant = q.tenant AND t.owner = q.owner
 """
 
 
-def _unnest(first: int, kinds: str) -> str:
-    """FROM unnest($first::kind[], ...)."""
-    return ", ".join(f"${first + at}::{kind}[]" for at, kind in enumerate(kinds.split()))
-
-
 _WRITE_OF_POSTGRES = f"""
 WITH decided AS (
     INSERT INTO ledger_transaction ({_RECORD_NAMES})
-    SELECT * FROM unnest({
-    _unnest(
-        1,
-        "smallint uuid text uuid smallint text text bigint bigint smallint smallint bytea uuid "
-        "bigint text uuid bigint",
-    )
-})
+    SELECT * FROM unnest({_unnest(1, _RECORD_KINDS)})
 ), written AS (
-    INSERT INTO entry ({_ENTRY_NAMES})
-    SELECT * FROM unnest({
-    _unnest(
-        18,
-        "smallint text uuid smallint smallint uuid uuid bigint smallint text bigint bigint "
-        "bigint bigint bigint bigint bigint smallint",
-    )
-})
+    INSERT INTO entry ({_ENTRY_NAMES}) SELECT * FROM unnest({_unnest(18, _ENTRY_KINDS)})
 ), told AS (
-    INSERT INTO outbox ({_EVENT_NAMES})
-    SELECT * FROM unnest({_unnest(36, "smallint uuid text bigint text text bytea text bigint")})
+    INSERT INTO outbox ({_EVENT_NAMES}) SELECT * FROM unnest({_unnest(36, _EVENT_KINDS)})
 )
 UPDATE ledger_transaction AS t SET state = q.state
-FROM unnest({_unnest(45, "smallint uuid smallint")}) AS q (bucket, id, state)
+FROM unnest({_unnest(45, _ENDED_KINDS)}) AS q (bucket, id, state)
 WHERE t.bucket = q.bucket AND t.id = q.id {_ANY}
 """
 
@@ -306,6 +351,14 @@ WHERE t.bucket = {_plain(0)} AND t.id = {_bytes(1)} {_ANY}
 
 # Rows ------------------------------------------------------------------------------------
 
+OWNERS_CACHED_MAX = 65_536
+
+
+@lru_cache(OWNERS_CACHED_MAX)
+def owner_of(kind: int, content: bytes) -> Owner:
+    """An owner from its columns; accounts of one owner share it."""
+    return Owner(OwnerKind(kind), UUID(bytes=content))
+
 
 def is_told(record: Record) -> bool:
     """Whether it is an event: money has moved."""
@@ -363,7 +416,7 @@ def _row_of_entry(record: Record, entry: JournalEntry) -> tuple[object, ...]:
 
 def _row_of_event(record: Record) -> tuple[object, ...]:
     """Its transaction's first and only event: so it has the number 1, and the transaction's id."""
-    bucket, aggregate = bucket_of(record.order_id), f"transactions/{record.order_id}"
+    bucket, aggregate = bucket_of(record.order_id), transaction_name(record.order_id)
     return (
         bucket,
         record.order_id,
@@ -371,7 +424,7 @@ def _row_of_event(record: Record) -> tuple[object, ...]:
         1,
         f"evt.payment.TransactionPosted.{bucket}",
         f'{{"tenfold-type":"{events.TRANSACTION_POSTED}","tenfold-aggregate":"{aggregate}"}}',
-        events.payload_of_record(record),
+        events.payload_of_record(record, aggregate),
         record.tenant,
         record.recorded_at_us,
     )

@@ -124,7 +124,7 @@ class Ledger:
         return row["n"]
 
 
-def _identity() -> tuple[bytes, bytes]:
+def identity_keys() -> tuple[bytes, bytes]:
     private = Ed25519PrivateKey.generate()
     return (
         private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
@@ -134,7 +134,7 @@ def _identity() -> tuple[bytes, bytes]:
 
 @asynccontextmanager
 async def serving_ledger(place: Place, clock: Clock) -> AsyncIterator[Ledger]:
-    private, public = _identity()
+    private, public = identity_keys()
     async with place.open(clock=clock) as shards, open_lanes(shards, clock) as lanes:
         store = SqlLedgerStore(shards, lanes, secret=SECRET)
         handler = LedgerHandler(store, page_secret=SECRET, clock=clock)
