@@ -44,13 +44,16 @@ class Traffic:
     """Ada sends Bob one cent after the other.
 
     Attributes:
+        pause_s: between two.
         acknowledged: the descriptions of those that were answered, in order.
-        waits_s: how long each took.
+        began_s, answered_s: of each of these, monotonic.
     """
 
     told: Told
+    pause_s: float = 0.0
     acknowledged: list[str] = field(default_factory=list)
-    waits_s: list[float] = field(default_factory=list)
+    began_s: list[float] = field(default_factory=list)
+    answered_s: list[float] = field(default_factory=list)
     begun: int = 0
     failures: list[BaseException] = field(default_factory=list)
     _is_over: threading.Event = field(default_factory=threading.Event)
@@ -71,8 +74,10 @@ class Traffic:
                 began_s = time.monotonic()
                 description = f"cent-{self.begun}"
                 self.send(description)
-                self.waits_s.append(time.monotonic() - began_s)
+                self.began_s.append(began_s)
+                self.answered_s.append(time.monotonic())
                 self.acknowledged.append(description)
+                self._is_over.wait(self.pause_s)
         except BaseException as error:
             if not self._is_over.is_set():
                 self.failures.append(error)
@@ -93,9 +98,9 @@ class Traffic:
 
 
 @contextmanager
-def flowing(told: Told) -> Iterator[Traffic]:
+def flowing(told: Told, *, pause_s: float = 0.0) -> Iterator[Traffic]:
     """Transfers while the block runs."""
-    traffic = Traffic(told)
+    traffic = Traffic(told, pause_s)
     thread = threading.Thread(target=traffic.run)
     thread.start()
     try:

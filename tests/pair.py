@@ -97,6 +97,18 @@ class Pair:
         )
         await self.until(primary, behind)
 
+    async def require_standby(self) -> None:
+        """From now on a commit waits for the replica, which has all that came before."""
+        primary, _ = self.nodes
+        await self.ask(
+            primary,
+            "ALTER SYSTEM SET synchronous_standby_names = '*'",
+            "SELECT pg_reload_conf()",
+        )
+        is_sync = "SELECT count(*) > 0 FROM pg_stat_replication WHERE sync_state = 'sync'"
+        await self.until(primary, is_sync)
+        await self.ask(primary, "SELECT pg_logical_emit_message(true, 'tenfold', '')")
+
     async def cut(self) -> None:
         """From now on the replica receives nothing: what comes is lost with the primary."""
         _, replica = self.nodes

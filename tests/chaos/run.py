@@ -18,7 +18,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deploy.local.address import free_addresses
-from tests.chaos import documented, growing, lagging, moving, overloaded, restoring
+from tests.chaos import (
+    documented,
+    failing_over,
+    growing,
+    lagging,
+    moving,
+    overloaded,
+    restoring,
+    storming,
+)
 from tests.fuzz.run import TARGETS, fuzz, is_installed
 from tests.kills import kill_at_random, told_to, violations
 from tests.mesh import running_mesh
@@ -68,6 +77,8 @@ def main() -> int:
     parser.add_argument("--overload-s", type=int, default=60, help="seconds of each story")
     parser.add_argument("--reads", type=int, default=10**6, help="of own writes, from replicas")
     parser.add_argument("--move-rounds", type=int, default=1, help="of a move's every step")
+    parser.add_argument("--storm-rounds", type=int, default=1, help="of all faults at once")
+    parser.add_argument("--failovers", type=int, default=10, help="of a cluster's primaries")
     parser.add_argument("--backups", type=int, default=10, help="taken in use, and restored")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}")
@@ -78,6 +89,16 @@ def main() -> int:
     rows += lagging.run(reads=arguments.reads) if arguments.reads else []
     rows += [moving.run(rounds=arguments.move_rounds)] if arguments.move_rounds else []
     rows += [growing.run()] if arguments.move_rounds else []
+    rows += (
+        [storming.run(rounds=arguments.storm_rounds, seed=arguments.seed)]
+        if arguments.storm_rounds
+        else []
+    )
+    rows += (
+        [failing_over.run(faults=arguments.failovers, seed=arguments.seed)]
+        if arguments.failovers
+        else []
+    )
     rows += (
         [restoring.run(rounds=arguments.backups, seed=arguments.seed)] if arguments.backups else []
     )

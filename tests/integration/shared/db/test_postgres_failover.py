@@ -92,24 +92,11 @@ async def test_a_replica_alone_or_a_primary_of_the_past_is_refused_at_a_start(
     await postgres_server.drop_databases([control])
 
 
-async def require_standby(pair: Pair) -> None:
-    """From now on a commit waits for the replica."""
-    admin = await asyncpg.connect(pair.site.admin_dsn(pair.addresses[0]))
-    await admin.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
-    await admin.execute("SELECT pg_reload_conf()")
-    async with asyncio.timeout(10):
-        states = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
-        while not await admin.fetchval(states):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-    await admin.close()
-
-
 @pytest.mark.parametrize("cut_short_by", ["our own patience", "an operator"])
 async def test_a_commit_that_is_not_on_the_standby_that_must_have_it_is_unknown(
     pair, monkeypatch, cut_short_by
 ):
-    await pair.replicated()
-    await require_standby(pair)
+    await pair.require_standby()
     monkeypatch.setattr(limits, "STATEMENT_S_MAX", 0.2)
     monkeypatch.setattr(postgres_connection, "GRACE_S", 0.2 if "our" in cut_short_by else 5)
     monkeypatch.setattr(postgres_shards, "RESOLVE_S_MAX", 0.5)
@@ -149,8 +136,7 @@ async def end_the_wait(pair: Pair) -> None:
 
 
 async def test_what_was_acknowledged_with_a_synchronous_standby_survives_its_promotion(pair):
-    await pair.replicated()
-    await require_standby(pair)
+    await pair.require_standby()
     acknowledged: list[str] = []
     goes_on, is_over = asyncio.Event(), asyncio.Event()
 

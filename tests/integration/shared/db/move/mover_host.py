@@ -57,7 +57,8 @@ async def run(command: dict[str, Any]) -> Phase:
     tools, place = tools_of(ground, command), ground.moves
     if command["how"] == "settle":
         for move in await place.control.list_moves(is_open=True):
-            return await settle_move(place, move, tools, preference="abort", is_forced=True)
+            if move.bucket == command["bucket"]:
+                return await settle_move(place, move, tools, preference="abort", is_forced=True)
         raise MoveRefused("it has been settled")
     if command["how"] == "fail":
         # Its precheck finds too much waiting: it aborts by itself.
@@ -68,6 +69,7 @@ async def run(command: dict[str, Any]) -> Phase:
 def child(command: dict[str, Any]) -> str:
     """How a mover ends, if it does."""
     os.environ[FAILPOINT_VARIABLE] = command["failpoint"]
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what it logs is no answer
     try:
         return str(asyncio.run(run(command)))
     except EXPECTED as error:
