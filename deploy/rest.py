@@ -7,6 +7,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.table import Table
 CALL_TIMEOUT_S = 60
 STREAM_TIMEOUT_S = 120
 RETRY_PAUSE_S = 0.25
+QUOTA_WAIT_S_MAX = 90
 RETRYABLE_STATUSES = frozenset({409, 429, 502, 503, 504})
 SECRET_FIELDS = frozenset({"password", "accessToken", "refreshToken", "secret"})
 
@@ -135,7 +137,8 @@ class Rest:
             sent["Content-Type"] = "application/json"
         if not quiet:
             self.narrator.call(method, path, body)
-        answer = self._patiently(lambda: self._once(method, path, payload, sent))
+        attempt = partial(self._once, method, path, payload, sent)
+        answer = self._in_quota(partial(self._patiently, attempt), is_final=429 in expect)
         if not quiet:
             self.narrator.answer(answer.status, printable(answer))
         if answer.status not in expect:
@@ -154,6 +157,18 @@ class Rest:
             return Answer(response.status, named, response.read())
         finally:
             connection.close()
+
+    def _in_quota(self, attempt: Callable[[], Answer], *, is_final: bool) -> Answer:
+        """Wait as the edge says if a quota is spent, as by a story that was just told."""
+        waited_s = 0.0
+        while True:
+            answer = attempt()
+            pause_s = float(answer.headers.get("retry-after", "1"))
+            if answer.status != 429 or is_final or waited_s + pause_s > QUOTA_WAIT_S_MAX:
+                return answer
+            self.narrator.answer(429, f"the quota is spent for now: waiting {pause_s:g} s")
+            time.sleep(pause_s)
+            waited_s += pause_s
 
     def _patiently(self, attempt: Callable[[], Answer]) -> Answer:
         give_up = time.monotonic() + self.patience_s
