@@ -27,7 +27,7 @@ from deploy.local import binaries
 from deploy.local.address import Address
 from deploy.local.data_folder import write_private
 from deploy.local.errors import LaunchError
-from deploy.local.processes import processes_in
+from deploy.local.processes import PROC, processes_in
 from deploy.local.program import Probe, Program, Successor, answers, speaks
 from deploy.local.servers import STOP_RANK
 from deploy.local.supervisor import WRAPPER
@@ -44,6 +44,7 @@ PRIMARY = "primary"
 """The node of a site that is asked for no other."""
 
 SIGNAL = "standby.signal"
+LOCK_FILE = "postmaster.pid"
 ADMIN = "postgres"
 """The superuser: for the launcher and for replication."""
 
@@ -274,6 +275,17 @@ def end_server(site: Site, node: str) -> None:
             pids = ", ".join(str(process.pid) for process in left)
             raise LaunchError(f"Processes of {site.data_of(node)} cannot be killed: {pids}.")
         time.sleep(0.01)
+
+
+def drop_stale_lock(site: Site, node: str) -> None:
+    """Remove the lock file of a server that was killed, if nobody works in its data. Blocking.
+
+    Postgres believes the file for as long as its user has any process of that number: one that
+    nobody has buried yet, or, after the machine's restart, a server of another shard. Ask only
+    where nobody else starts this node.
+    """
+    if PROC.is_dir() and not processes_in(site.data_of(node)):
+        (site.data_of(node) / LOCK_FILE).unlink(missing_ok=True)
 
 
 def rewind(site: Site, node: str, primary: Address) -> bool:

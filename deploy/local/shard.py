@@ -136,7 +136,7 @@ class Shard:
             LaunchError: a server cannot be made or started.
         """
         for node in self.nodes:  # a launcher that was killed leaves backends behind for a moment
-            await asyncio.to_thread(postgres.end_server, self.site, node)
+            await asyncio.to_thread(self._end, node)
         await asyncio.to_thread(postgres.make_primary, self.site, self.primary)
         await supervisor.start(self._program(self.primary))
         await postgres.ensure_databases(
@@ -189,7 +189,7 @@ class Shard:
 
     async def _after_death(self, node: str) -> Program:
         """What is started in its place: as before, or a standby of whoever was promoted."""
-        await asyncio.to_thread(postgres.end_server, self.site, node)
+        await asyncio.to_thread(self._end, node)
         if node == self.primary:
             await self._replace_primary()
         elif node in self._to_make_anew and self._role_of(node) is Role.STANDBY:
@@ -198,6 +198,10 @@ class Shard:
         self._to_make_anew.discard(node)
         self._followed_s[node] = time.monotonic()
         return self._program(node)
+
+    def _end(self, node: str) -> None:
+        postgres.end_server(self.site, node)
+        postgres.drop_stale_lock(self.site, node)
 
     async def _replace_primary(self) -> None:
         """Promote a standby that is fit, and make the dead primary one; if none is, do nothing."""

@@ -51,6 +51,22 @@ async def test_the_server_never_runs_as_root(postgres_server: PostgresServer):
     assert uid != "0"
 
 
+async def test_a_lock_whose_number_is_another_process_by_now_keeps_nobody_out(open_folder: Path):
+    [address] = free_addresses(1)
+    site = postgres.open_site(open_folder, os.environ, is_durable=False)
+    postgres.make_primary(site)
+    account = {"user": site.user.uid, "group": site.user.gid} if site.user else {}
+    other = await asyncio.create_subprocess_exec("sleep", "60", **account)
+    (site.data_of("primary") / "postmaster.pid").write_text(f"{other.pid}\n")
+    postgres.drop_stale_lock(site, "primary")
+    async with open_supervisor(logs=open_folder, say=print) as supervisor:
+        await supervisor.start(postgres.postgres_program(site, address))
+        postgres.drop_stale_lock(site, "primary")
+        assert (site.data_of("primary") / "postmaster.pid").exists()
+    other.kill()
+    await other.wait()
+
+
 async def test_a_replica_follows_and_refuses_writes(open_folder: Path):
     addresses = free_addresses(2)
     site = postgres.open_site(open_folder, os.environ, is_durable=False)
