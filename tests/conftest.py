@@ -32,6 +32,21 @@ DatabasesOf = Callable[..., AbstractAsyncContextManager[str]]
 StartMesh = Callable[..., AbstractContextManager[Mesh]]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """See the marker "rare"."""
+    parser.addoption("--rare", action="store_true", help="only the cases that make chaos runs")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the rare cases, or all others."""
+    sorts: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        sorts[item.get_closest_marker("rare") is not None].append(item)
+    is_wanted = bool(config.getoption("--rare"))
+    config.hook.pytest_deselected(items=sorts[not is_wanted])
+    items[:] = sorts[is_wanted]
+
+
 @pytest.fixture
 def clock() -> ManualClock:
     """A clock that stands still until it is told to go on."""

@@ -25,6 +25,7 @@ from tests.chaos import (
     lagging,
     moving,
     overloaded,
+    rare,
     restoring,
     storming,
 )
@@ -79,6 +80,7 @@ def main() -> int:
     parser.add_argument("--move-rounds", type=int, default=1, help="of a move's every step")
     parser.add_argument("--storm-rounds", type=int, default=1, help="of all faults at once")
     parser.add_argument("--failovers", type=int, default=10, help="of a cluster's primaries")
+    parser.add_argument("--rare", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--backups", type=int, default=10, help="taken in use, and restored")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}")
@@ -102,6 +104,7 @@ def main() -> int:
     rows += (
         [restoring.run(rounds=arguments.backups, seed=arguments.seed)] if arguments.backups else []
     )
+    rows += [rare.run()] if arguments.rare else []
     print(json.dumps({"chaos": rows}))
     return 1 if any(row["violations"] for row in rows) else 0
 

@@ -4,6 +4,8 @@ import secrets
 import time
 from uuid import UUID
 
+import pytest
+
 from shared.db.ids import bucket_of
 from tests.growing import KILLED, shards, told
 from tests.mesh import Mesh
@@ -11,6 +13,7 @@ from tests.mesh import Mesh
 DAY = time.strftime("%Y-%m-%d", time.gmtime())
 
 
+@pytest.mark.rare
 def test_a_mesh_goes_on_with_data_on_a_shard_whose_adding_was_killed_and_repeated(
     mesh: Mesh, sign_in
 ) -> None:

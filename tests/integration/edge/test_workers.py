@@ -249,6 +249,7 @@ async def test_the_metrics_of_all_workers_are_one_text(edge, bearer):
     assert told["tenfold_edge_workers", "parent"] == WORKERS
 
 
+@pytest.mark.rare
 async def test_a_worker_that_cannot_start_is_tried_ever_later_and_harms_nobody(
     behind, tmp_path, bearer
 ):

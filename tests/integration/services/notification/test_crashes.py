@@ -149,6 +149,7 @@ async def test_a_process_that_was_killed_finishes_with_at_most_one_duplicate(
     assert message_id.startswith(f"<{delivery.delivery_id}@")
 
 
+@pytest.mark.rare
 async def test_a_process_killed_twice_over_one_mail_leaves_it_unknown_and_sends_no_third(
     data, environ, mailbox, told, finish
 ):

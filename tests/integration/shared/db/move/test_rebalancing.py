@@ -84,6 +84,7 @@ def test_processes_write_on_while_a_file_is_added_and_filled(place, tmp_path):
     check(place, tmp_path, lambda: grow(place))
 
 
+@pytest.mark.rare
 def test_processes_write_on_while_a_database_is_added_and_filled(databases, empty, tmp_path):
     check(databases, tmp_path, lambda: grow_databases(databases, empty))
 
