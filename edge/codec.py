@@ -11,6 +11,7 @@ are unknown fields unless the contract has them ignored. Extensions that the con
 are read and written under "[their.full.name]".
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -119,7 +120,7 @@ class MessageCodec:
 
 
 class Codecs:
-    """The codecs of one pool's messages; each is compiled when first asked for.
+    """The codecs of one pool's messages; each is compiled when first asked for, by any thread.
 
     Args:
         pool: where the types inside an Any are found.
@@ -134,7 +135,11 @@ class Codecs:
         self._options = options or CodecOptions()
         self.ignored = Ignored()
         self._codecs: dict[tuple[str, int], MessageCodec] = {}
-        self._fillers = straight_line.Fillers(self.of)
+        # Of whoever compiles now: known before they are complete, so that a recursive type finds
+        # itself, and to nobody else.
+        self._incomplete: dict[tuple[str, int], MessageCodec] = {}
+        self._compiling = threading.RLock()
+        self._fillers = straight_line.Fillers(self.of, self._compiling)
 
     def of(self, descriptor: Descriptor, *, any_level: int = 0) -> MessageCodec:
         """The codec of a message type.
@@ -145,10 +150,24 @@ class Codecs:
         """
         key = (descriptor.full_name, any_level)
         codec = self._codecs.get(key)
-        if codec is None:
-            # Known before it is complete, so that a recursive type finds itself.
-            codec = self._codecs[key] = MessageCodec(descriptor, self._fillers)
+        if codec is not None:
+            return codec
+        with self._compiling:
+            codec = self._codecs.get(key) or self._incomplete.get(key)
+            return codec or self._complete(key, descriptor, any_level)
+
+    def _complete(
+        self, key: tuple[str, int], descriptor: Descriptor, any_level: int
+    ) -> MessageCodec:
+        is_outermost = not self._incomplete
+        codec = self._incomplete[key] = MessageCodec(descriptor, self._fillers)
+        try:
             codec.into, codec.to_json = self._compile(descriptor, any_level)
+            if is_outermost:
+                self._codecs |= self._incomplete
+        finally:
+            if is_outermost:
+                self._incomplete.clear()
         return codec
 
     def value_of(self, field: FieldDescriptor) -> tuple["JsonReader", ToJson]:

@@ -10,6 +10,7 @@ one has words for what is wrong, so the two can never disagree about what is rig
 """
 
 import keyword
+import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -71,27 +72,32 @@ class _Source:
 
 
 class Fillers:
-    """The fillers of one pool's messages; each is compiled when first asked for.
+    """The fillers of one pool's messages; each is compiled when first asked for, by any thread.
 
     Args:
         codec_of: gives the codecs of types whose JSON is one scalar.
+        lock: held while one is compiled; codec_of may take it, too.
     """
 
-    def __init__(self, codec_of: CodecOf) -> None:
+    def __init__(self, codec_of: CodecOf, lock: threading.RLock) -> None:
         self._codec_of = codec_of
+        self._lock = lock
         self._fillers: dict[str, Fill | None] = {}
         self._compiling: set[str] = set()
 
     def of(self, descriptor: Descriptor) -> Fill | None:
         """The filler of a message type; None where the usual document is not simple enough."""
         name = descriptor.full_name
-        if name in self._compiling:  # a type that holds itself: its depth is for others to bound
-            return None
-        if name not in self._fillers:
-            self._compiling.add(name)
-            self._fillers[name] = self._compile(descriptor)
-            self._compiling.discard(name)
-        return self._fillers[name]
+        if name in self._fillers:
+            return self._fillers[name]
+        with self._lock:
+            if name in self._compiling:  # a type that holds itself: others bound its depth
+                return None
+            if name not in self._fillers:
+                self._compiling.add(name)
+                self._fillers[name] = self._compile(descriptor)
+                self._compiling.discard(name)
+            return self._fillers[name]
 
     def of_field(self, field: FieldDescriptor) -> Fill | None:
         """Fills one field that is a message, from the JSON value of that field."""

@@ -1,7 +1,11 @@
 import json
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tenfold.ledger.v1.ledger_pb2 import Transaction
 
 from edge.codec import ANY_LEVELS_MAX, CodecOptions, Codecs
 from edge.contracts import ContractError, Contracts
@@ -350,3 +354,36 @@ def test_equal_messages_have_equal_documents(codec):
     for key in "cba":
         other.labels[key] = key
     assert codec.json_of_message(one) == codec.json_of_message(other)
+
+
+def test_a_codec_that_another_thread_compiles_is_waited_for(monkeypatch):
+    descriptor, begun, compile_ = Transaction.DESCRIPTOR, threading.Event(), Codecs._compile
+
+    def slow(codecs, *arguments):
+        begun.set()
+        time.sleep(0.01)
+        return compile_(codecs, *arguments)
+
+    monkeypatch.setattr(Codecs, "_compile", slow)
+    codecs = Codecs(descriptor.file.pool)
+    with ThreadPoolExecutor(1) as others:
+        first = others.submit(codecs.of, descriptor)
+        begun.wait()
+        assert codecs.of(descriptor).to_json(Transaction(name="transactions/1"))
+    assert first.result() is codecs.of(descriptor)
+
+
+def test_a_codec_that_could_not_be_compiled_is_not_kept_half_done(monkeypatch):
+    descriptor, compile_ = Transaction.DESCRIPTOR, Codecs._compile
+
+    def failing(codecs, one, any_level):
+        if one is not descriptor:
+            raise ValueError("as it may be")
+        return compile_(codecs, one, any_level)
+
+    codecs = Codecs(descriptor.file.pool)
+    with monkeypatch.context() as patched:
+        patched.setattr(Codecs, "_compile", failing)
+        with pytest.raises(ValueError, match="as it may be"):
+            codecs.of(descriptor)
+    assert codecs.of(descriptor).to_json(Transaction(name="transactions/1"))
